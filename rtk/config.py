@@ -1,0 +1,385 @@
+"""Every setting of every stage: frozen dataclasses that check themselves.
+
+The command line, the YAML files and the recipes are all made of these. What a value may be is
+checked here; whether a *name* is known is checked by the registry that holds the names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from rtk.errors import RtkError, check_choice, did_you_mean
+from rtk.runs import atomic_write
+
+GRANULARITIES = ("element", "row", "kernel", "channel")
+SCOPES = ("global", "layer")
+NORMS = ("linf", "l2")
+TRANSFER_MODES = ("finetune", "linear_bn_update", "linear_frozen")
+
+# Settings that say where or how a run is executed, not what it computes: not part of its identity.
+_NOT_IDENTITY = {"out", "device", "resume", "checkpoint_seconds", "progress"}
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise RtkError(f"{name}: expected {expected}, got {got!r}")
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return `sparsity` if it lies in [0, 1), else raise an RtkError."""
+    _require(
+        0 <= sparsity < 1, "sparsity", "a fraction of zeros in [0, 1), e.g. 0.8 for 80 %", sparsity
+    )
+    return sparsity
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images a stage reads.
+
+    Args:
+        name: digits, cifar10, cifar100, npz:PATH or folder:PATH; a class subset in brackets,
+            e.g. digits[0-4] or cifar10[0,2,5-7].
+        root: folder that holds the named sets (else RTK_DATA, else ~/.cache/rtk/data).
+        image_size: height and width in pixels that images are resized to; none keeps the set's.
+        augment: none, flip, crop (pad by an eighth, random crop, flip), shift (the crop without
+            the flip, for digits and signs), resized_crop (RandomResizedCrop and flip), or auto:
+            what suits the set.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    image_size: int | None = None
+    augment: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(
+            self.image_size is None or self.image_size > 0,
+            "data.image_size",
+            "a positive number of pixels",
+            self.image_size,
+        )
+        check_choice(
+            "augmentation", self.augment, ("auto", "none", "flip", "crop", "shift", "resized_crop")
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network is trained.
+
+    Args:
+        arch: resnet18 or resnet50.
+        stem: 3x3 (small images, no max-pool), 7x7 (ImageNet) or auto: 3x3 up to 64 pixels.
+        width: multiplier of every layer's channels, e.g. 0.25 for a small machine.
+    """
+
+    arch: str = "resnet18"
+    stem: str = "auto"
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("stem", self.stem, ("auto", "3x3", "7x7"))
+        _require(self.width > 0, "model.width", "a positive multiplier", self.width)
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """How adversarial examples are made; the radius is in [0, 1] pixel scale.
+
+    Args:
+        name: none or pgd.
+        norm: linf or l2.
+        eps: radius, e.g. 0.0314 (8/255).
+        step_size: length of a step; none is 2 eps / 3 where steps <= 3 and eps / 4 elsewhere.
+        steps: number of gradient steps.
+        random_start: start at a random point of the ball instead of at the image.
+        bn_mode: batch norm while attacking: eval (running statistics) or train (batch statistics).
+    """
+
+    name: str = "none"
+    norm: str = "linf"
+    eps: float = 8 / 255
+    step_size: float | None = None
+    steps: int = 3
+    random_start: bool = True
+    bn_mode: str = "eval"
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, NORMS)
+        check_choice("bn_mode", self.bn_mode, ("eval", "train"))
+        _require(self.eps >= 0, "attack.eps", "a radius >= 0 in [0, 1] pixel scale", self.eps)
+        _require(
+            self.step_size is None or self.step_size >= 0,
+            "attack.step_size",
+            "a length >= 0",
+            self.step_size,
+        )
+        _require(self.steps >= 0, "attack.steps", "a number of steps >= 0", self.steps)
+
+    @property
+    def resolved_step_size(self) -> float:
+        """`step_size`, or its default: 2 eps / 3 (Salman et al. 2020) or eps / 4."""
+        if self.step_size is not None:
+            return self.step_size
+        return 2 * self.eps / 3 if self.steps <= 3 else self.eps / 4
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and files: natural, pgd-linf-0.1."""
+        return "natural" if self.name == "none" else f"{self.name}-{self.norm}-{self.eps:.4g}"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained: SGD, its schedule and its arithmetic.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: learning rate at the start (after warm-up).
+        momentum: of SGD.
+        weight_decay: L2 penalty of SGD.
+        nesterov: use Nesterov momentum.
+        schedule: multistep, cosine or constant.
+        milestones: epochs at which multistep multiplies the rate by gamma.
+        gamma: factor of multistep.
+        warmup_epochs: epochs over which the rate rises linearly from 0.
+        label_smoothing: of the cross-entropy.
+        amp: auto (bf16 on a GPU), bf16 or none (fp32).
+        channels_last: auto (on a GPU), yes or no.
+        checkpoint_seconds: seconds between two checkpoints inside an epoch (one also after each).
+    """
+
+    epochs: int = 90
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    schedule: str = "multistep"
+    milestones: tuple[int, ...] = (30, 60)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    amp: str = "auto"
+    channels_last: str = "auto"
+    checkpoint_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "train.epochs", "a number of epochs >= 0", self.epochs)
+        _require(self.batch_size > 0, "train.batch_size", "at least 1 image", self.batch_size)
+        _require(self.lr >= 0, "train.lr", "a learning rate >= 0", self.lr)
+        _require(0 <= self.momentum < 1, "train.momentum", "a value in [0, 1)", self.momentum)
+        _require(self.weight_decay >= 0, "train.weight_decay", "a value >= 0", self.weight_decay)
+        _require(
+            not self.nesterov or self.momentum > 0,
+            "train.nesterov",
+            "momentum > 0 beside it",
+            self.momentum,
+        )
+        _require(
+            0 <= self.label_smoothing < 1,
+            "train.label_smoothing",
+            "a value in [0, 1)",
+            self.label_smoothing,
+        )
+        _require(self.warmup_epochs >= 0, "train.warmup_epochs", ">= 0", self.warmup_epochs)
+        check_choice("schedule", self.schedule, ("multistep", "cosine", "constant"))
+        check_choice("amp", self.amp, ("auto", "bf16", "none"))
+        check_choice("channels_last", self.channels_last, ("auto", "yes", "no"))
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What every stage has.
+
+    Args:
+        out: folder of this run; everything the stage makes lands in it.
+        seed: of initialisation, data order, augmentation and random starts.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        resume: go on where an earlier, stopped run in the same folder was; else start over.
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class PretrainConfig(StageConfig):
+    """Train a network on a source task, naturally or on adversarial examples.
+
+    Args:
+        data: the source images.
+        model: the network.
+        train: the optimisation.
+        attack: none for natural pretraining, pgd for robust pretraining.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+
+
+@dataclass(frozen=True)
+class DrawConfig(StageConfig):
+    """Draw a ticket, a sparse subnetwork, out of a pretrained network.
+
+    Args:
+        checkpoint: the pretrained network: a run's folder or its checkpoint.safetensors.
+        scheme: omp (one-shot magnitude pruning).
+        sparsity: fraction of the prunable weights that become zero, in [0, 1).
+        granularity: element, row, kernel or channel.
+        scope: global (one ranking over all layers) or layer (the same sparsity in each).
+        include_first: prune the first convolution too.
+    """
+
+    checkpoint: str = ""
+    scheme: str = "omp"
+    sparsity: float = 0.8
+    granularity: str = "element"
+    scope: str = "global"
+    include_first: bool = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("scope", self.scope, SCOPES)
+
+
+def _transfer_train() -> TrainConfig:
+    """The paper's finetuning: 150 epochs, batch 64, lr divided by 10 at 50 and 100."""
+    return TrainConfig(epochs=150, batch_size=64, lr=0.01, milestones=(50, 100))
+
+
+@dataclass(frozen=True)
+class TransferConfig(StageConfig):
+    """Transfer a ticket to a downstream task.
+
+    Args:
+        checkpoint: the pretrained network that the ticket was drawn from.
+        ticket: the ticket: a run's folder or its ticket.safetensors; none transfers it dense.
+        mode: finetune (all weights), linear_bn_update (a new classifier, batch norm in train
+            mode) or linear_frozen (a new classifier on frozen eval-mode features).
+        data: the downstream images.
+        train: the optimisation.
+    """
+
+    checkpoint: str = ""
+    ticket: str | None = None
+    mode: str = "finetune"
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=_transfer_train)
+
+    def __post_init__(self) -> None:
+        check_choice("transfer mode", self.mode, TRANSFER_MODES)
+
+
+def _pgd20() -> AttackConfig:
+    return AttackConfig(name="pgd", eps=8 / 255, step_size=2 / 255, steps=20)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(StageConfig):
+    """Measure accuracy, natural and adversarial, on the test images.
+
+    Args:
+        checkpoint: the network: a run's folder or its checkpoint.safetensors.
+        data: the images; an empty name takes those the network was trained on.
+        attack: pgd for adversarial accuracy (PGD-20, Linf 8/255 by default), or none.
+        batch_size: images at a time.
+    """
+
+    checkpoint: str = ""
+    data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
+    attack: AttackConfig = field(default_factory=_pgd20)
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size > 0, "batch_size", "at least 1 image", self.batch_size)
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return `config` as plain dicts, lists and scalars, as YAML and JSON hold them."""
+    values = dataclasses.asdict(config)
+    return json.loads(json.dumps(values))  # tuples become lists, as they come back from a file
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """Build a `cls` from the dicts that `to_dict` gives; unknown keys raise an RtkError."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise RtkError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, fields)}")
+        default = fields[name].default_factory
+        if isinstance(value, dict) and default is not dataclasses.MISSING:
+            value = from_dict(type(default()), value)  # type: ignore[arg-type]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _identity(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _NOT_IDENTITY
+    }
+
+
+def config_hash(config: StageConfig) -> str:
+    """Return 12 hexadecimal digits of the SHA-256 over what the run computes.
+
+    Where it runs (out, device, resume, checkpoint interval) does not count.
+    """
+    text = json.dumps([type(config).__name__, _identity(to_dict(config))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def claim_folder(config: StageConfig) -> Path:
+    """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
+
+    Raises RtkError where the folder holds a run with other settings, naming them.
+    """
+    folder = Path(config.out)
+    path = folder / "config.yaml"
+    if path.exists():
+        theirs = _flatten(_identity(yaml.safe_load(path.read_text()) or {}))
+        ours = _flatten(_identity(to_dict(config)))
+        changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if changed:
+            shown = ", ".join(
+                f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+                for name in changed[:4]
+            )
+            raise RtkError(
+                f"{folder} holds a run with other settings ({shown}); "
+                "choose another --out or remove the folder"
+            )
+    else:
+        header = f"# {type(config).__name__}, hash {config_hash(config)}\n"
+        atomic_write(path, header + yaml.safe_dump(to_dict(config), sort_keys=False))
+    return folder

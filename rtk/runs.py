@@ -1,0 +1,89 @@
+"""Run folders: atomic files, the JSONL log, and the rule that a run is never mixed with another.
+
+A stage writes into one folder: `config.yaml` first, then its log and artefacts. The same stage
+with the same configuration goes on where it was; another configuration is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rtk.errors import RtkError
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write `data` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Raises RtkError where the folder cannot be made or written.
+    """
+    path = Path(path)
+    payload = data.encode() if isinstance(data, str) else data
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise RtkError(
+            f"cannot write {path} ({error.strerror}); choose a folder you can write with --out"
+        ) from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    atomic_write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise RtkError(f"cannot read {path} ({error}); run the stage that writes it again") from error
+
+
+class JsonlLog:
+    """An append-only log of one JSON object a line, e.g. `metrics.jsonl`.
+
+    A process killed while writing leaves a torn last line; `keep` drops it on the next start.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, **record: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the whole records; a torn last line is left out."""
+        if not self.path.exists():
+            return []
+        records = []
+        for line in self.path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the records that `wanted` refuses, e.g. those past the checkpoint being resumed."""
+        lines = [json.dumps(record) + "\n" for record in self.read() if wanted(record)]
+        atomic_write(self.path, "".join(lines))
+
+
+def find_artefact(path: str | Path, name: str) -> Path:
+    """Return `path`, or `path/name` where `path` is a run's folder."""
+    path = Path(path)
+    return path / name if path.is_dir() else path
