@@ -1,0 +1,167 @@
+"""How an op is declared once and reaches one of its backends.
+
+An `Op` is a `torch.library` operator in the namespace rtk. Its `check` runs in eager *and* in
+the fake, so that a shape that is wrong never broadcasts silently in one of them. Which backend
+runs is decided here and nowhere else: the first implementation, in the order of registration,
+that serves the arguments; or the one that the user forced, which raises if it cannot serve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from rtk.errors import RtkError, check_choice
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+library = torch.library.Library("rtk", "FRAGMENT")
+ops: dict[str, Op] = {}
+
+_forced: str | None = os.environ.get("RTK_BACKEND") or None
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend for every op inside the `with`, in the whole process (backward included).
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda"; None lets each op choose again.
+
+    Raises:
+        RtkError: for an unknown name here; for an op that the backend cannot serve, where the op
+            is called (a forced backend never falls back).
+    """
+    global _forced
+    if name is not None:
+        check_choice("backend", name, BACKENDS)
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op; `serves` gives the reason why it cannot take some arguments."""
+
+    backend: str
+    run: Callable[..., Any]
+    serves: Callable[..., str | None]
+
+
+class Op:
+    """A `torch.library` operator: its schema, its check, its fake and its backends."""
+
+    def __init__(self, schema: str, check: Callable[..., None], fake: Callable[..., Any]) -> None:
+        self.name = schema.split("(")[0]
+        self.check = check
+        self.implementations: list[Implementation] = []
+        library.define(schema)
+        library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.rtk, self.name).default
+
+        def checked_fake(*args: Any, **kwargs: Any) -> Any:
+            check(*args, **kwargs)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"rtk::{self.name}", checked_fake, lib=library)
+        torch.library.register_vmap(f"rtk::{self.name}", self._vmap_by_loop, lib=library)
+        ops[self.name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def implementation(
+        self, backend: str, serves: Callable[..., str | None] = lambda *a, **k: None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorate the function that runs this op on `backend`; register the preferred first."""
+
+        def add(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.implementations.append(Implementation(backend, run, serves))
+            return run
+
+        return add
+
+    def choose(self, *args: Any, **kwargs: Any) -> Implementation:
+        """Return the implementation that these arguments would take, or raise an RtkError."""
+        if _forced is None:
+            for candidate in self.implementations:
+                if candidate.serves(*args, **kwargs) is None:
+                    return candidate
+            raise AssertionError(f"{self.name}: the reference must serve everything")
+        check_choice("backend (RTK_BACKEND)", _forced, BACKENDS)
+        for candidate in self.implementations:
+            if candidate.backend == _forced:
+                reason = candidate.serves(*args, **kwargs)
+                if reason is None:
+                    return candidate
+                raise RtkError(f"{self.name}: the forced backend {_forced!r} cannot: {reason}")
+        known = ", ".join(i.backend for i in self.implementations)
+        raise RtkError(f"{self.name}: there is no backend {_forced!r}, only {known}")
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self.check(*args, **kwargs)
+        return self.choose(*args, **kwargs).run(*args, **kwargs)
+
+    def autograd(self, function: type[torch.autograd.Function]) -> None:
+        """Differentiate the op through `function`, whose forward calls `below_autograd`."""
+
+        def kernel(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(
+                isinstance(a, Tensor) and a.requires_grad for a in args
+            ):
+                return function.apply(*args)
+            return self.below_autograd(*args)
+
+        library.impl(self.name, kernel, "Autograd")
+
+    def below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def autocast_first_argument(self) -> None:
+        """Under autocast, cast the first argument (the activations) and nothing else.
+
+        Weights stay the fp32 masters: they are cast while they are masked, in one pass, and
+        their gradient is returned in fp32 without a copy in between.
+        """
+        for device in ("cpu", "cuda"):
+            key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+            def kernel(x: Tensor, *args: Any, device: str = device, key: Any = key) -> Any:
+                if x.is_floating_point() and x.dtype != torch.float64:
+                    x = x.to(torch.get_autocast_dtype(device))
+                with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+                    return self.overload(x, *args)
+
+            library.impl(self.name, kernel, f"Autocast{device.upper()}")
+
+    def _vmap_by_loop(self, info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the op once a slice: right for every op; the kernels batch over N themselves."""
+        leaves, spec = _pytree.tree_flatten(args)
+        dims = _pytree.tree_flatten(in_dims, is_leaf=lambda d: d is None)[0]
+        results = []
+        for i in range(info.batch_size):
+            picked = [
+                leaf if dim is None else leaf.select(dim, i)
+                for leaf, dim in zip(leaves, dims, strict=True)
+            ]
+            results.append(self.overload(*_pytree.tree_unflatten(picked, spec), **kwargs))
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return [torch.stack(r) for r in zip(*results, strict=True)], [0] * len(results[0])
+
+
+def require(condition: bool, message: str, *values: object) -> None:
+    """Raise an RtkError with `message % values` unless `condition` holds."""
+    if not condition:
+        raise RtkError(message % values)

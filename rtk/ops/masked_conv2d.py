@@ -1,0 +1,340 @@
+"""masked_conv2d: conv2d(input, weight * mask), with gradients for everything.
+
+N C H W input, K output channels, R S filter, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rtk.errors import check_choice
+from rtk.ops import _compiled
+from rtk.ops._registry import Op, require
+from rtk.ops.prepare_weight import (
+    apply_mask,
+    check_mask,
+    mask_gradient,
+    prepare_weight,
+    wants_channels_last,
+)
+
+IntPair = int | Sequence[int]
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve with a masked weight: `F.conv2d(input, weight * mask, bias, ...)`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), floating.
+        weight: (K, C / groups, R, S); the input's dtype, or an fp32 master beside a bf16 or fp16
+            input (it is masked and cast in one pass).
+        mask: bool, or floating (it may require grad); broadcasts to the weight: (K, C, R, S) by
+            element, (K, C, R, 1) row, (K, C, 1, 1) kernel, (K, 1, 1, 1) channel.
+        bias: (K,), or None.
+        stride, dilation, groups: as for `F.conv2d`.
+        padding: as for `F.conv2d`: an int, a pair, "valid" or "same".
+
+    Returns:
+        (N, K, H', W') in the input's dtype. Gradients (once): input; weight (the dense weight
+        gradient times mask: exactly 0 where pruned); mask (the dense weight gradient times
+        weight, summed to the mask's shape, so straight-through estimation is this gradient);
+        bias. Only what is needed is computed.
+
+    Raises:
+        RtkError: if shapes, dtypes or devices do not fit; the message says which and the remedy.
+    """
+    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _named_padding(input, weight, padding, stride, dilation)
+    padding = _pair("padding", padding)
+    if input.dim() == 3:
+        return _op(input[None], weight, mask, bias, stride, padding, dilation, groups)[0]
+    return _op(input, weight, mask, bias, stride, padding, dilation, groups)
+
+
+def _pair(name: str, value: IntPair) -> list[int]:
+    if isinstance(value, Sequence):
+        require(
+            len(value) == 2, "masked_conv2d: %s must be an int or a pair, got %s", name, value
+        )
+        return list(value)
+    return [value, value]
+
+
+def _named_padding(
+    input: Tensor, weight: Tensor, padding: str, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Turn "valid" or "same" into numbers; an uneven "same" pads the extra one below and right."""
+    check_choice("padding", padding, ("valid", "same"))
+    if padding == "valid":
+        return input, [0, 0]
+    require(stride == [1, 1], "masked_conv2d: padding 'same' needs stride 1, got %s", stride)
+    total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, [t // 2 for t in total]
+
+
+def _check_conv(
+    input_shape: Sequence[int],
+    weight: Tensor,
+    mask: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    require(
+        len(input_shape) == 4,
+        "masked_conv2d: input must be (N, C, H, W) or (C, H, W), got %s",
+        tuple(input_shape),
+    )
+    require(
+        weight.dim() == 4, "masked_conv2d: weight must be (K, C, R, S), got %s", tuple(weight.shape)
+    )
+    require(groups >= 1, "masked_conv2d: groups must be at least 1, got %s", groups)
+    require(min(stride) >= 1, "masked_conv2d: stride must be at least 1, got %s", stride)
+    require(min(padding) >= 0, "masked_conv2d: padding must be at least 0, got %s", padding)
+    require(min(dilation) >= 1, "masked_conv2d: dilation must be at least 1, got %s", dilation)
+    require(
+        input_shape[1] == weight.shape[1] * groups,
+        "masked_conv2d: input has %s channels, weight %s with groups=%s takes %s",
+        input_shape[1],
+        tuple(weight.shape),
+        groups,
+        weight.shape[1] * groups,
+    )
+    require(
+        weight.shape[0] % groups == 0,
+        "masked_conv2d: %s output channels do not divide into groups=%s",
+        weight.shape[0],
+        groups,
+    )
+    check_mask("masked_conv2d", "(K, C, R, S)", weight, mask)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    _check_conv(input.shape, weight, mask, stride, padding, dilation, groups)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        require(
+            tensor.device == input.device,
+            "masked_conv2d: input is on %s and %s on %s; move one with .to()",
+            input.device,
+            name,
+            tensor.device,
+        )
+        require(
+            tensor.dtype == input.dtype
+            or (tensor.dtype == torch.float32 and input.dtype in (torch.bfloat16, torch.float16)),
+            "masked_conv2d: input is %s and %s %s; they must be equal, or an fp32 master beside "
+            "a bf16 or fp16 input",
+            input.dtype,
+            name,
+            tensor.dtype,
+        )
+    require(
+        bias is None or bias.shape == weight.shape[:1],
+        "masked_conv2d: bias must be (K,) = (%s,), got %s",
+        weight.shape[0],
+        None if bias is None else tuple(bias.shape),
+    )
+
+
+def _convolve(input: Tensor, weight: Tensor, bias: Tensor | None, *conv: Any) -> Tensor:
+    stride, padding, dilation, groups = conv
+    bias = None if bias is None else bias.to(input.dtype)
+    return torch.ops.aten.convolution(
+        input, weight, bias, stride, padding, dilation, False, [0, 0], groups
+    )
+
+
+def _convolve_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, *conv: Any, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    stride, padding, dilation, groups = conv
+    return torch.ops.aten.convolution_backward(
+        grad, input, weight, None, stride, padding, dilation, False, [0, 0], groups, needs
+    )
+
+
+def _shape_only(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of `shape` without memory, for an argument that only gives its sizes."""
+    return like.new_empty(1).expand(shape)
+
+
+def _on_prepared_weights(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
+) -> Tensor:
+    prepared = prepare_weight(
+        weight, mask, dtype=input.dtype, channels_last=wants_channels_last(input, weight)
+    )
+    return _convolve(input, prepared, bias, *conv)
+
+
+# The fakes run the same code on fake tensors, so their strides are those of the real thing.
+_op = Op(
+    "masked_conv2d(Tensor input, Tensor weight, Tensor mask, Tensor? bias, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    _check,
+    _on_prepared_weights,
+)
+_op.autocast_first_argument()
+
+
+@_op.implementation("reference")
+def _reference(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
+) -> Tensor:
+    format = (
+        torch.channels_last if wants_channels_last(input, weight) else torch.contiguous_format
+    )
+    masked = apply_mask(weight, mask).to(input.dtype).contiguous(memory_format=format)
+    return _convolve(input, masked, bias, *conv)
+
+
+def _check_bwd_input(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    input_size: Sequence[int],
+    channels_last: bool,
+    *conv: Any,
+) -> None:
+    _check_conv(input_size, weight, mask, *conv)
+
+
+def _bwd_input(
+    grad: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    input_size: Sequence[int],
+    channels_last: bool,
+    *conv: Any,
+) -> Tensor:
+    prepared = prepare_weight(weight, mask, dtype=grad.dtype, channels_last=channels_last)
+    input = _shape_only(grad, input_size)
+    return _convolve_backward(grad, input, prepared, *conv, needs=[True, False, False])[0]
+
+
+_op_bwd_input = Op(
+    "masked_conv2d_bwd_input(Tensor grad, Tensor weight, Tensor mask, SymInt[] input_size, "
+    "bool channels_last, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "SymInt groups) -> Tensor",
+    _check_bwd_input,
+    _bwd_input,
+)
+
+
+def _check_bwd_weight(
+    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_needs: Any
+) -> None:
+    _check_conv(input.shape, weight, mask, *conv_and_needs[:-1])
+
+
+def _bwd_weight(
+    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_needs: Any
+) -> list[Tensor]:
+    *conv, (need_weight, need_mask) = conv_and_needs
+    shape = _shape_only(input, weight.shape)
+    dense = _convolve_backward(grad, input, shape, *conv, needs=[False, True, False])[1]
+    dense = dense.to(weight.dtype)
+    gradients = []
+    if need_weight:
+        gradients.append(apply_mask(dense, mask).to(weight.dtype))
+    if need_mask:
+        gradients.append(mask_gradient(dense, weight, mask))
+    return gradients
+
+
+_op_bwd_weight = Op(
+    "masked_conv2d_bwd_weight(Tensor grad, Tensor input, Tensor weight, Tensor mask, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[2] needs) "
+    "-> Tensor[]",
+    _check_bwd_weight,
+    _bwd_weight,
+)
+
+# Backends differ in how they prepare the weight, which prepare_weight decides; forced or not, the
+# same backend serves both.
+for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.why_not_cuda)):
+    _op.implementation(_backend, lambda x, w, m, *_, why=_why_not: why(x, w, m))(
+        _on_prepared_weights
+    )
+    _op_bwd_input.implementation(_backend, lambda g, w, m, *_, why=_why_not: why(g, w, m))(
+        _bwd_input
+    )
+    _op_bwd_weight.implementation(_backend, lambda g, x, w, m, *_, why=_why_not: why(g, x, w, m))(
+        _bwd_weight
+    )
+_op_bwd_input.implementation("reference")(_bwd_input)
+_op_bwd_weight.implementation("reference")(_bwd_weight)
+
+
+class _Autograd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+        *conv: Any,
+    ) -> Tensor:
+        need_weight = any(ctx.needs_input_grad[1:3])
+        # The activations are kept for the weight's gradient only: an attack does not pay for them.
+        ctx.save_for_backward(input if need_weight else None, weight, mask)
+        ctx.input_size = input.shape
+        ctx.channels_last = wants_channels_last(input, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.conv = conv
+        return _op.below_autograd(input, weight, mask, bias, *conv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mask = ctx.saved_tensors
+        need_input, need_weight, need_mask, need_bias = ctx.needs_input_grad[:4]
+        grad_input = grad_bias = None
+        if need_input:
+            grad_input = _op_bwd_input(
+                grad, weight, mask, ctx.input_size, ctx.channels_last, *ctx.conv
+            )
+        gradients: list[Tensor] = []
+        if need_weight or need_mask:
+            gradients = _op_bwd_weight(
+                grad, input, weight, mask, *ctx.conv, [need_weight, need_mask]
+            )
+        if need_bias:
+            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+        grad_weight = gradients.pop(0) if need_weight else None
+        grad_mask = gradients.pop(0) if need_mask else None
+        return grad_input, grad_weight, grad_mask, grad_bias, None, None, None, None
+
+
+_op.autograd(_Autograd)

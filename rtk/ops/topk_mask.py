@@ -1,0 +1,152 @@
+"""topk_mask and topk_mask_global: bool masks with exactly k True, deterministic under ties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtk.ops import _compiled
+from rtk.ops._registry import Op, require
+from rtk.ops.prepare_weight import FLOATS
+
+
+def topk_mask(scores: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> Any:
+    """Mark the k largest scores of each tensor.
+
+    Larger wins; among equals the smaller flat index; -0 equals +0; NaN loses to everything. The
+    result is the same on every backend.
+
+    Args:
+        scores: a floating tensor of any shape, or a list of them.
+        k: how many to keep, 0 <= k <= n; a list with one number a tensor for a list.
+
+    Returns:
+        A bool mask of the scores' shape with exactly k True, or a list of them.
+
+    Raises:
+        RtkError: for an empty list, k out of range, scores that are not floating, or on several
+            devices or of several dtypes.
+    """
+    if isinstance(scores, Tensor):
+        require(
+            isinstance(k, int), "topk_mask: one tensor takes one k, an int, got %s", type(k).__name__
+        )
+        return _op([scores], [k])[0]
+    require(
+        not isinstance(k, int),
+        "topk_mask: a list of scores takes a list of k; for one k over all use topk_mask_global",
+    )
+    return _op(list(scores), list(k))  # type: ignore[arg-type]
+
+
+def topk_mask_global(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    """Mark the k largest scores over a whole list of tensors.
+
+    The order is that of `topk_mask`; the flat index runs through the list.
+
+    Args:
+        scores: floating tensors of any shapes, one dtype and device.
+        k: how many to keep in all, 0 <= k <= the number of scores.
+
+    Returns:
+        A list of bool masks of the scores' shapes, with exactly k True in all.
+
+    Raises:
+        RtkError: as for `topk_mask`.
+    """
+    require(
+        not isinstance(scores, Tensor),
+        "topk_mask_global: scores must be a list of tensors; for one tensor use topk_mask",
+    )
+    return _op_global(list(scores), k)
+
+
+def _check_scores(op: str, scores: Sequence[Tensor]) -> None:
+    require(len(scores) > 0, "%s: the list of scores is empty; give at least one tensor", op)
+    for tensor in scores:
+        require(tensor.dtype in FLOATS, "%s: scores must be floating, got %s", op, tensor.dtype)
+        require(
+            tensor.dtype == scores[0].dtype and tensor.device == scores[0].device,
+            "%s: scores must share one dtype and device, got %s on %s and %s on %s",
+            op,
+            scores[0].dtype,
+            scores[0].device,
+            tensor.dtype,
+            tensor.device,
+        )
+
+
+def _check_k(op: str, k: int, count: int) -> None:
+    require(0 <= k <= count, "%s: k must be in [0, %s], the number of scores, got %s", op, count, k)
+
+
+def _check(scores: Sequence[Tensor], k: Sequence[int]) -> None:
+    _check_scores("topk_mask", scores)
+    require(
+        len(k) == len(scores), "topk_mask: got %s tensors and %s values of k", len(scores), len(k)
+    )
+    for tensor, kept in zip(scores, k, strict=True):
+        _check_k("topk_mask", kept, tensor.numel())
+
+
+def _check_global(scores: Sequence[Tensor], k: int) -> None:
+    _check_scores("topk_mask_global", scores)
+    _check_k("topk_mask_global", k, sum(tensor.numel() for tensor in scores))
+
+
+def _empty(scores: Sequence[Tensor], _: Any) -> list[Tensor]:
+    return [torch.empty(s.shape, dtype=torch.bool, device=s.device) for s in scores]
+
+
+_op = Op("topk_mask(Tensor[] scores, SymInt[] k) -> Tensor[]", _check, _empty)
+_op_global = Op("topk_mask_global(Tensor[] scores, SymInt k) -> Tensor[]", _check_global, _empty)
+
+
+def _why_not_cpu(scores: Sequence[Tensor], _: Any) -> str | None:
+    return _compiled.why_not_cpu(*scores)
+
+
+@_op_global.implementation("cpu", _why_not_cpu)
+def _global_cpu(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    flat = [tensor.contiguous() for tensor in scores]
+    masks = _empty(scores, k)
+    _compiled._C.topk_mask_cpu(
+        [tensor.data_ptr() for tensor in flat],
+        [tensor.numel() for tensor in flat],
+        [mask.data_ptr() for mask in masks],
+        _compiled.DTYPES[flat[0].dtype],
+        k,
+        torch.get_num_threads(),
+    )
+    return masks
+
+
+@_op.implementation("cpu", _why_not_cpu)
+def _cpu(scores: Sequence[Tensor], k: Sequence[int]) -> list[Tensor]:
+    return [_global_cpu([tensor], kept)[0] for tensor, kept in zip(scores, k, strict=True)]
+
+
+def descending_order(scores: Tensor) -> Tensor:
+    """Return the flat indices of 1-D `scores` in the order of `topk_mask`, best first."""
+    values = scores + 0.0  # -0 becomes +0
+    # A NaN must come after -inf, which no replacement value can say: a second, stable sort does.
+    order = torch.where(values.isnan(), -torch.inf, values).argsort(descending=True, stable=True)
+    return order[values[order].isnan().to(torch.uint8).argsort(stable=True)]
+
+
+@_op_global.implementation("reference")
+def _global_reference(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    flat = torch.cat([tensor.reshape(-1) for tensor in scores])
+    mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    mask[descending_order(flat)[:k]] = True
+    parts = mask.split([tensor.numel() for tensor in scores])
+    # clone: parts of one buffer would alias each other, which an op's outputs must not.
+    return [part.reshape(t.shape).clone() for part, t in zip(parts, scores, strict=True)]
+
+
+@_op.implementation("reference")
+def _reference(scores: Sequence[Tensor], k: Sequence[int]) -> list[Tensor]:
+    return [_global_reference([tensor], kept)[0] for tensor, kept in zip(scores, k, strict=True)]
