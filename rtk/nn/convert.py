@@ -1,0 +1,77 @@
+"""mask_model and fold: between a plain model and one with masked layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from rtk.errors import RtkError, did_you_mean
+from rtk.nn._masked import MaskedLayer
+from rtk.nn.masked_conv2d import MaskedConv2d
+from rtk.nn.masked_linear import MaskedLinear
+
+if TYPE_CHECKING:
+    from rtk.ticket import Ticket
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
+    """Swap the layers that `ticket` prunes for masked ones, in place, and return `model`.
+
+    Every other module and every state_dict key stays; the parameters are the same objects, so an
+    optimiser made before goes on working. A layer that is masked already gets the new mask.
+
+    Raises:
+        RtkError: if the model lacks a layer of the ticket, or a mask does not fit its weight;
+            then nothing has been changed.
+    """
+    modules = dict(model.named_modules())
+    new: dict[str, MaskedLayer] = {}
+    for name, mask in ticket.masks.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            raise RtkError(
+                f"the ticket masks layer {name!r}, which the model has not as a Conv2d or Linear"
+                f"{did_you_mean(name, modules)}; is the ticket for another architecture?"
+            )
+        if not _fits(mask.shape, module.weight.shape):
+            raise RtkError(
+                f"the ticket's mask for {name!r} is {tuple(mask.shape)}, the model's weight "
+                f"{tuple(module.weight.shape)}; is the ticket for another architecture or width?"
+            )
+    for name, mask in ticket.masks.items():
+        module = modules[name]
+        if isinstance(module, MaskedLayer):
+            module.set_mask(mask.clone())
+        elif isinstance(module, nn.Conv2d):
+            new[name] = MaskedConv2d.from_conv(module, mask.clone())
+        else:
+            assert isinstance(module, nn.Linear)
+            new[name] = MaskedLinear.from_linear(module, mask.clone())
+    for name, layer in new.items():
+        _set_submodule(model, name, layer)
+    return model
+
+
+def _fits(mask: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return len(mask) == len(weight) and all(
+        size in (1, wanted) for size, wanted in zip(mask, weight, strict=True)
+    )
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Swap every masked layer of `model` for a plain one with the masked weight, in place.
+
+    Returns `model`, or the folded layer where `model` is itself a masked layer.
+    """
+    if isinstance(model, MaskedConv2d | MaskedLinear):
+        return model.fold()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MaskedConv2d | MaskedLinear):
+            _set_submodule(model, name, module.fold())
+    return model

@@ -1,0 +1,72 @@
+"""MaskedConv2d: nn.Conv2d with a mask over its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rtk import ops
+from rtk.nn._masked import MaskedLayer, adopt, fold_into
+
+
+def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """Return the constructor's arguments of a layer that takes over, or gives up, a weight."""
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size,
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+        "bias": conv.bias is not None,
+        "padding_mode": conv.padding_mode,
+        "device": "meta",
+    }
+
+
+class MaskedConv2d(MaskedLayer, nn.Conv2d):
+    """nn.Conv2d with `weight * mask` for its weight: a drop-in, whatever the granularity.
+
+    Takes nn.Conv2d's arguments and `mask`: bool or floating, (K, C, R, S) or anything that
+    broadcasts to it ((K, C, R, 1) row, (K, C, 1, 1) kernel, (K, 1, 1, 1) channel); None keeps
+    everything. `weight`, `bias` and `mask` are its state_dict keys; a plain Conv2d's state_dict
+    loads too.
+    """
+
+    _legend = "(K, C, R, S)"
+
+    def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_mask(mask)
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, mask: Tensor | None = None) -> MaskedConv2d:
+        """Return a masked layer around `conv`'s own parameters (they are shared, not copied)."""
+        layer = cls(**_arguments(conv))
+        adopt(layer, conv, mask)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return ops.masked_conv2d(
+            input,
+            self.weight,
+            self.mask,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+        )
+
+    def fold(self) -> nn.Conv2d:
+        """Return a plain nn.Conv2d that holds a copy of the masked weight."""
+        conv = nn.Conv2d(**_arguments(self))
+        fold_into(conv, self)
+        return conv

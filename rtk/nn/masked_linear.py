@@ -1,0 +1,51 @@
+"""MaskedLinear: nn.Linear with a mask over its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rtk import ops
+from rtk.nn._masked import MaskedLayer, adopt, fold_into
+
+
+def _arguments(linear: nn.Linear) -> dict[str, Any]:
+    return {
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "bias": linear.bias is not None,
+        "device": "meta",
+    }
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """nn.Linear with `weight * mask` for its weight.
+
+    Takes nn.Linear's arguments and `mask`: bool or floating, (N, K) or anything that broadcasts
+    to it ((N, 1) whole outputs); None keeps everything. A plain Linear's state_dict loads too.
+    """
+
+    _legend = "(N, K)"
+
+    def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._init_mask(mask)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Tensor | None = None) -> MaskedLinear:
+        """Return a masked layer around `linear`'s own parameters (they are shared, not copied)."""
+        layer = cls(**_arguments(linear))
+        adopt(layer, linear, mask)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Under autocast F.linear casts; outside, the weight is prepared in the input's dtype.
+        return F.linear(input, ops.prepare_weight(self.weight, self.mask), self.bias)
+
+    def fold(self) -> nn.Linear:
+        """Return a plain nn.Linear that holds a copy of the masked weight."""
+        linear = nn.Linear(**_arguments(self))
+        fold_into(linear, self)
+        return linear

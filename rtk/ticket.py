@@ -1,0 +1,180 @@
+"""Ticket: which weights of a network are kept. A file of bit-packed masks that describes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtk import artifact
+from rtk.errors import RtkError
+from rtk.nn import mask_model
+from rtk.nn._masked import MaskedLayer
+
+_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_MODEL_KEYS = ("arch", "stem", "width")
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A sparse subnetwork: one bool mask a layer, and where it comes from.
+
+    Args:
+        masks: layer name -> bool mask, True where the weight is kept; each mask has the weight's
+            number of dimensions and broadcasts to it, so its shape tells the granularity.
+        shapes: layer name -> shape of the weight (by default the masks' own).
+        meta: what JSON can hold: scheme, requested sparsity, granularity, scope, model (arch,
+            stem, width, mean, std), source checkpoint's SHA-256, the full recipe, rtk's version.
+
+    Raises:
+        RtkError: for a mask that is not bool, or that does not broadcast to its weight's shape.
+    """
+
+    masks: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = {n: tuple(self.shapes.get(n, m.shape)) for n, m in self.masks.items()}
+        object.__setattr__(self, "shapes", shapes)
+        for name, mask in self.masks.items():
+            if mask.dtype != torch.bool:
+                raise RtkError(f"ticket: the mask of {name!r} must be bool, got {mask.dtype}")
+            fits = mask.dim() == len(shapes[name]) and all(
+                a in (1, b) for a, b in zip(mask.shape, shapes[name], strict=True)
+            )
+            if not fits:
+                raise RtkError(
+                    f"ticket: the mask of {name!r} must broadcast to {shapes[name]}, "
+                    f"got {tuple(mask.shape)}"
+                )
+
+    @property
+    def granularity(self) -> str:
+        """element, row, kernel or channel: as drawn, else the coarsest that the masks allow."""
+        if "granularity" in self.meta:
+            return self.meta["granularity"]
+        masks = [m for n, m in self.masks.items() if len(self.shapes[n]) == 4]
+        if masks and all(m.shape[1:] == (1, 1, 1) for m in masks):
+            return "channel"
+        # Of a 1x1 filter all of row, kernel and element are the same: larger filters decide.
+        wide = [m for n, m in self.masks.items() if self.shapes[n][-1] > 1 and m.dim() == 4]
+        if wide and all(m.shape[2:] == (1, 1) for m in wide):
+            return "kernel"
+        if wide and all(m.shape[3] == 1 for m in wide):
+            return "row"
+        return "element"
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights under the masks that is zero."""
+        total = kept = 0
+        for name, mask in self.masks.items():
+            size = 1
+            for length in self.shapes[name]:
+                size *= length
+            total += size
+            kept += int(mask.sum()) * (size // max(1, mask.numel()))
+        return 1 - kept / total if total else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Ticket({len(self.masks)} layers, {self.granularity}, sparsity {self.sparsity:.4f})"
+        )
+
+    def save(self, path: str | Path) -> str:
+        """Write the ticket atomically as safetensors and return its SHA-256."""
+        tensors = {name: _pack(mask) for name, mask in self.masks.items()}
+        layout = {
+            name: {"mask": list(mask.shape), "weight": list(self.shapes[name])}
+            for name, mask in self.masks.items()
+        }
+        meta = {
+            **self.meta,
+            "granularity": self.granularity,
+            "actual_sparsity": self.sparsity,
+            "layout": layout,
+        }
+        return artifact.save(path, "ticket", tensors, meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Ticket:
+        """Read a ticket; a damaged, foreign or pickled file raises an RtkError."""
+        tensors, meta, sha256 = artifact.load(path, "ticket")
+        layout = meta.pop("layout")
+        for name in ("kind", "format", "actual_sparsity"):
+            meta.pop(name)
+        masks = {n: _unpack(tensors[n], shapes["mask"]) for n, shapes in layout.items()}
+        weights = {n: tuple(shapes["weight"]) for n, shapes in layout.items()}
+        return cls(masks, weights, {**meta, "sha256": sha256})
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Mask `model` in place (`rtk.nn.mask_model`) and return it.
+
+        Raises:
+            RtkError: if the ticket is for another architecture, stem or width, or its masks do
+                not fit; then nothing has been changed.
+        """
+        self.check_model(getattr(model, "spec", None))
+        return mask_model(model, self)
+
+    def check_model(self, spec: Any) -> None:
+        """Raise an RtkError where the ticket says it is for another network than `spec`."""
+        ours = self.meta.get("model")
+        if ours is None or spec is None:
+            return
+        theirs = dataclasses.asdict(spec)
+        for key in _MODEL_KEYS:
+            if ours[key] != theirs[key]:
+                raise RtkError(
+                    f"the ticket is for {key} {ours[key]}, the model has {key} {theirs[key]}; "
+                    "draw a ticket from this model, or use the checkpoint it was drawn from"
+                )
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> Ticket:
+        """Return the ticket that a model with masked layers holds (floating masks: non-zero)."""
+        masks, shapes = {}, {}
+        for name, module in model.named_modules():
+            if isinstance(module, MaskedLayer):
+                mask = module.mask.detach() != 0
+                masks[name] = mask.reshape((1,) * (module.weight.dim() - mask.dim()) + mask.shape)
+                shapes[name] = tuple(module.weight.shape)
+        if not masks:
+            raise RtkError("the model has no masked layers; apply a ticket or use rtk.draw first")
+        return cls(_on_cpu(masks), shapes)
+
+    @classmethod
+    def from_torch_prune(cls, model: nn.Module) -> Ticket:
+        """Return the ticket that `torch.nn.utils.prune` left in a model (`weight_mask` buffers)."""
+        masks = {
+            name: module.weight_mask.detach().bool()
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "weight_mask", None), Tensor)
+        }
+        if not masks:
+            raise RtkError(
+                "the model has no weight_mask buffers; prune it with torch.nn.utils.prune first "
+                "(prune.remove drops them)"
+            )
+        return cls(_on_cpu(masks))
+
+
+def _on_cpu(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: mask.cpu().clone() for name, mask in masks.items()}
+
+
+def _pack(mask: Tensor) -> Tensor:
+    """Pack a bool mask into bytes, the first element in the lowest bit."""
+    bits = mask.reshape(-1).cpu().to(torch.uint8)
+    bits = torch.nn.functional.pad(bits, (0, -bits.numel() % 8)).reshape(-1, 8)
+    return (bits * _BITS).sum(1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, shape: list[int]) -> Tensor:
+    bits = (packed[:, None] & _BITS).bool().reshape(-1)
+    return bits[: torch.Size(shape).numel()].reshape(shape)
