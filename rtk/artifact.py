@@ -72,7 +72,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if data.startswith(_PICKLE_STARTS):
         raise RtkError(
             f"{kind} {path} is a pickle, which can run code when opened; rtk reads safetensors "
-            "only: convert it first (see `rtk convert`)"
+            "only: open it where you trust it and save its tensors as safetensors"
         )
     try:
         length = int.from_bytes(data[:8], "little")
@@ -86,7 +86,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if "rtk" not in stored or "sha256" not in stored:
         raise RtkError(
             f"{kind} {path} is safetensors but was not written by rtk (no metadata); "
-            "convert it first (see `rtk convert`)"
+            "give a file that rtk itself wrote"
         )
     if _digest(tensors, stored["rtk"]) != stored["sha256"]:
         raise RtkError(

@@ -155,6 +155,7 @@ class TrainConfig:
         label_smoothing: of the cross-entropy.
         amp: auto (bf16 on a GPU), bf16 or none (fp32).
         channels_last: auto (on a GPU), yes or no.
+        eval_every: epochs between two looks at the test images; 0 looks once, at the end.
         checkpoint_seconds: seconds between two checkpoints inside an epoch (one also after each).
     """
 
@@ -171,6 +172,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     amp: str = "auto"
     channels_last: str = "auto"
+    eval_every: int = 0
     checkpoint_seconds: float = 300.0
 
     def __post_init__(self) -> None:
@@ -192,6 +194,7 @@ class TrainConfig:
             self.label_smoothing,
         )
         _require(self.warmup_epochs >= 0, "train.warmup_epochs", ">= 0", self.warmup_epochs)
+        _require(self.eval_every >= 0, "train.eval_every", ">= 0 epochs", self.eval_every)
         check_choice("schedule", self.schedule, ("multistep", "cosine", "constant"))
         check_choice("amp", self.amp, ("auto", "bf16", "none"))
         check_choice("channels_last", self.channels_last, ("auto", "yes", "no"))
@@ -362,11 +365,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def claim_folder(config: StageConfig) -> Path:
     """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
 
-    Raises RtkError where the folder holds a run with other settings, naming them.
+    Without `resume` the folder is taken over: the stage makes everything anew. Raises RtkError
+    where it holds a run with other settings, naming them.
     """
     folder = Path(config.out)
     path = folder / "config.yaml"
-    if path.exists():
+    if path.exists() and config.resume:
         theirs = _flatten(_identity(yaml.safe_load(path.read_text()) or {}))
         ours = _flatten(_identity(to_dict(config)))
         changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]

@@ -15,6 +15,8 @@ from rtk.errors import RtkError
 from rtk.nn import mask_model
 from rtk.nn._masked import MaskedLayer
 
+TICKET = "ticket.safetensors"  # its name in the folder of the run that drew it
+
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 _MODEL_KEYS = ("arch", "stem", "width")
 

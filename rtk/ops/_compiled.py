@@ -5,6 +5,7 @@ C++ knows nothing of torch: tensors go to it as a data pointer and a dtype numbe
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 _C: Any = None
 missing_reason: str | None = None
 try:
-    from rtk import _C  # type: ignore[no-redef]
+    _C = importlib.import_module("rtk._C")
 except ImportError as error:
-    missing_reason = f"rtk._C is not built or does not load ({error}); run: pip install -e ."
+    missing_reason = f"not built, or it does not load ({error}); run: pip install -e ."
 
 DTYPES: dict[torch.dtype, int] = {}
 if _C is not None:
@@ -32,7 +33,7 @@ if _C is not None:
 def why_not_cpu(*tensors: Tensor) -> str | None:
     """Return why the C++ CPU code cannot take these tensors, or None where it can."""
     if _C is None:
-        return missing_reason
+        return "rtk._C is missing; see `rtk doctor`"
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"the tensors are on {tensor.device}, not on the CPU"
@@ -42,7 +43,7 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
 def why_not_cuda(*tensors: Tensor) -> str | None:
     """Return why the CUDA C++ code cannot take these tensors, or None where it can."""
     if _C is None:
-        return missing_reason
+        return "rtk._C is missing; see `rtk doctor`"
     if not _C.cuda_architectures:
         return f"rtk._C was built without CUDA ({_C.cuda_status})"
     for tensor in tensors:

@@ -207,17 +207,6 @@ _op = Op(
 _op.autocast_first_argument()
 
 
-@_op.implementation("reference")
-def _reference(
-    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
-) -> Tensor:
-    format = (
-        torch.channels_last if wants_channels_last(input, weight) else torch.contiguous_format
-    )
-    masked = apply_mask(weight, mask).to(input.dtype).contiguous(memory_format=format)
-    return _convolve(input, masked, bias, *conv)
-
-
 def _check_bwd_input(
     grad: Tensor,
     weight: Tensor,
@@ -280,8 +269,7 @@ _op_bwd_weight = Op(
     _bwd_weight,
 )
 
-# Backends differ in how they prepare the weight, which prepare_weight decides; forced or not, the
-# same backend serves both.
+# Backends differ in how they prepare the weight, and prepare_weight, itself an op, decides that.
 for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.why_not_cuda)):
     _op.implementation(_backend, lambda x, w, m, *_, why=_why_not: why(x, w, m))(
         _on_prepared_weights
@@ -292,6 +280,17 @@ for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.wh
     _op_bwd_weight.implementation(_backend, lambda g, x, w, m, *_, why=_why_not: why(g, x, w, m))(
         _bwd_weight
     )
+@_op.implementation("reference")
+def _reference(
+    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
+) -> Tensor:
+    format = (
+        torch.channels_last if wants_channels_last(input, weight) else torch.contiguous_format
+    )
+    masked = apply_mask(weight, mask).to(input.dtype).contiguous(memory_format=format)
+    return _convolve(input, masked, bias, *conv)
+
+
 _op_bwd_input.implementation("reference")(_bwd_input)
 _op_bwd_weight.implementation("reference")(_bwd_weight)
 

@@ -1,0 +1,128 @@
+"""PGD: projected gradient descent on the loss, in the Linf or L2 ball (Madry et al. 2018)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rtk import ops
+from rtk.errors import RtkError, check_choice
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass
+class PGD:
+    """An attack: `attack(model, x, y)` returns adversarial images.
+
+    It climbs the cross-entropy by `steps` steps of `rtk.ops.pgd_step`. Only the gradient in the
+    image is computed, and the model is left as it was found.
+
+    Args:
+        norm: "linf" or "l2".
+        eps: radius in [0, 1] pixel scale, e.g. 8/255.
+        step_size: length of a step, same scale.
+        steps: number of gradient steps; 0 returns the (clipped) start.
+        random_start: start at a random point of the ball, drawn from torch's global generator.
+        bn_mode: batch norm while attacking: "eval" uses the running statistics and leaves them
+            alone; "train" uses the batch's, and updates the running ones, as in training.
+    """
+
+    norm: str = "linf"
+    eps: float = 8 / 255
+    step_size: float = 2 / 255
+    steps: int = 10
+    random_start: bool = True
+    bn_mode: str = "eval"
+    _checked: bool = field(default=False, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, ("linf", "l2"))
+        check_choice("bn_mode", self.bn_mode, ("eval", "train"))
+        for name in ("eps", "step_size", "steps"):
+            if getattr(self, name) < 0:
+                raise RtkError(f"PGD: {name} must be >= 0, got {getattr(self, name)}")
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
+        """Return adversarial images for `model`.
+
+        Args:
+            model: takes images in [0, 1] (it normalises inside) and returns logits.
+            x: (N, C, H, W) images in [0, 1].
+            y: (N,) int64 labels.
+            seed: of the random start; drawn from torch's generator where None.
+
+        Raises:
+            RtkError: on the first batch, for images outside [0, 1] or NaN, or labels that the
+                model has no class for. Later batches are not looked at: that would synchronise.
+        """
+        if not self._checked:
+            _check_images(x)
+        x_adv = x.detach()
+        if self.random_start:
+            if seed is None:
+                seed = int(torch.randint(2**63 - 1, ()))
+            x_adv = ops.pgd_init(x_adv, eps=self.eps, norm=self.norm, seed=seed)
+        elif self.steps == 0:
+            x_adv = x_adv.clamp(0, 1)
+        with _batch_norm_mode(model, self.bn_mode), torch.enable_grad():
+            for _ in range(self.steps):
+                x_adv.requires_grad_()
+                logits = model(x_adv)
+                if not self._checked:
+                    check_labels(y, logits)
+                    self._checked = True
+                loss = F.cross_entropy(logits.float(), y)
+                (grad,) = torch.autograd.grad(loss, x_adv)
+                x_adv = ops.pgd_step(
+                    x_adv.detach(),
+                    grad,
+                    x,
+                    eps=self.eps,
+                    step_size=self.step_size,
+                    norm=self.norm,
+                )
+        return x_adv
+
+
+def _check_images(x: Tensor) -> None:
+    if x.numel() == 0:
+        return
+    low, high = x.aminmax()
+    if not (low >= 0 and high <= 1):  # a NaN fails both
+        raise RtkError(
+            f"attack: images must lie in [0, 1] and be finite, got {low.item():.4g} to "
+            f"{high.item():.4g}; give pixels / 255 and let the model normalise"
+        )
+
+
+def check_labels(y: Tensor, logits: Tensor) -> None:
+    """Raise an RtkError unless every label has a logit."""
+    classes = logits.shape[1]
+    if y.numel() and not (y.min() >= 0 and y.max() < classes):
+        raise RtkError(
+            f"labels must be in [0, {classes}), the model's classes, got {y.min().item()} to "
+            f"{y.max().item()}"
+        )
+
+
+@contextlib.contextmanager
+def _batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Put batch norm into `mode` and everything else into eval, and back again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    if mode == "train":
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True

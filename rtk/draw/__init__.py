@@ -1,0 +1,60 @@
+"""Draw: a ticket out of a pretrained network, by one of the schemes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from rtk.config import DrawConfig, claim_folder, config_hash, to_dict
+from rtk.draw.granularity import group_scores, mask_shape, prunable_layers
+from rtk.draw.omp import omp
+from rtk.registry import Registry
+from rtk.ticket import TICKET, Ticket
+from rtk.train import Checkpoint, resolve_device, seed_everything
+
+schemes: Registry[Callable[[nn.Module, DrawConfig], Ticket]] = Registry("scheme")
+
+
+@schemes.register("omp")
+def _omp(model: nn.Module, config: DrawConfig) -> Ticket:
+    return omp(model, config.sparsity, config.granularity, config.scope, config.include_first)
+
+
+def run(config: DrawConfig) -> Path:
+    """Draw a ticket as `config` says and return its path.
+
+    A whole ticket that is there already, drawn from the same checkpoint, is left as it is.
+
+    Raises:
+        RtkError: for bad settings or checkpoint, or a ticket in the folder that is damaged.
+    """
+    scheme = schemes.get(config.scheme)
+    folder = claim_folder(config)
+    path = folder / TICKET
+    device = resolve_device(config.device)
+    checkpoint = Checkpoint.load(config.checkpoint).require_finished()
+    if config.resume and path.exists():
+        if Ticket.load(path).meta.get("source_sha256") == checkpoint.sha256:
+            return path
+    seed_everything(config.seed)
+    ticket = scheme(checkpoint.build_model().to(device), config)
+    meta = {
+        **ticket.meta,
+        "source_sha256": checkpoint.sha256,
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "lineage": {
+            "scheme": config.scheme,
+            "granularity": config.granularity,
+            "sparsity": config.sparsity,
+            "actual_sparsity": ticket.sparsity,
+        },
+    }
+    dataclasses.replace(ticket, meta=meta).save(path)
+    return path
+
+
+__all__ = ["group_scores", "mask_shape", "omp", "prunable_layers", "run", "schemes"]

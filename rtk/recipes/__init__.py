@@ -1,0 +1,6 @@
+"""Recipes: experiments as functions that return complete configurations."""
+
+from rtk.recipes.demo import demo
+from rtk.recipes.recipe import STAGES, Recipe, run
+
+__all__ = ["STAGES", "Recipe", "demo", "run"]

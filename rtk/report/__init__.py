@@ -1,0 +1,52 @@
+"""Tables, plots and one HTML page out of the files that runs leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rtk.report.page import render_page
+from rtk.report.plots import write_plots
+from rtk.report.results import read_results, to_csv
+from rtk.report.study import Study
+from rtk.report.table import build_table
+from rtk.report.terminal import format_table
+from rtk.runs import atomic_write
+
+__all__ = ["Study", "print_table", "read_results", "write_report"]
+
+
+def write_report(
+    folder: str | Path, out: str | Path | None = None, note: str = "", title: str = ""
+) -> Path:
+    """Write `results.csv`, `plots/*.png` and `report.html` of every `result.json` in a folder.
+
+    Args:
+        folder: read with all the folders in it.
+        out: folder to write into; `folder` by default.
+        note: a sentence of the caller under the title, e.g. "small, for a first look".
+        title: of the page; made from the folder's name by default.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        RtkError: no folder, no result in it, a broken result, or nowhere to write.
+    """
+    folder = Path(folder)
+    out = folder if out is None else Path(out)
+    results = read_results(folder)
+    study = Study(results)
+    atomic_write(out / "results.csv", to_csv(results))
+    plots = write_plots(study, out / "plots")
+    title = title or f"Ticket report: {folder.resolve().name}"
+    page = render_page(study, plots, title=title, note=note)
+    atomic_write(out / "report.html", page)
+    return out / "report.html"
+
+
+def print_table(folder: str | Path) -> str:
+    """Return the table of every `result.json` under `folder`, as text of at most 100 columns.
+
+    Raises RtkError as `read_results` does.
+    """
+    return format_table(build_table(Study(read_results(folder))))

@@ -1,0 +1,24 @@
+"""Training: the step, the loop, the optimiser, the checkpoint."""
+
+from rtk.train.accuracy import Accuracy, accuracy
+from rtk.train.checkpoint import CHECKPOINT, Checkpoint, load_state, save_checkpoint
+from rtk.train.loop import resolve_arithmetic, train
+from rtk.train.optim import learning_rate, make_optimizer
+from rtk.train.setup import resolve_device, seed_everything
+from rtk.train.step import make_step
+
+__all__ = [
+    "CHECKPOINT",
+    "Accuracy",
+    "Checkpoint",
+    "accuracy",
+    "learning_rate",
+    "load_state",
+    "make_optimizer",
+    "make_step",
+    "resolve_arithmetic",
+    "resolve_device",
+    "save_checkpoint",
+    "seed_everything",
+    "train",
+]

@@ -1,0 +1,210 @@
+"""The one training loop: pretraining and every kind of transfer run through it.
+
+Data order, augmentation and the learning rate are functions of (seed, epoch, step), so a
+checkpoint needs only weights, optimiser and generators to go on to bit-identical results.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rtk.config import TrainConfig
+from rtk.data import Batches
+from rtk.errors import Interrupted, RtkError
+from rtk.runs import JsonlLog
+from rtk.train.checkpoint import CHECKPOINT, Checkpoint, save_checkpoint
+from rtk.train.optim import learning_rate, make_optimizer, set_learning_rate
+from rtk.train.step import make_step
+
+_CHECK_EVERY = 50  # steps between two looks at the loss on a GPU: each look synchronises
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    folder: Path,
+    meta: dict[str, Any],
+    attack: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None,
+    network: nn.Module | None = None,
+    set_mode: Callable[[nn.Module], object] = nn.Module.train,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    resume: bool = True,
+    label: str = "train",
+) -> nn.Module:
+    """Train `model` and leave checkpoint.safetensors and metrics.jsonl in `folder`.
+
+    Args:
+        model: on its device; parameters that do not require grad stay as they are.
+        batches: the training images.
+        config: optimiser, schedule and arithmetic.
+        folder: the run's folder, there already.
+        meta: goes into the checkpoint's metadata (configuration, hash, lineage, ...).
+        attack: for adversarial training.
+        network: the part of the model that the batches go through; the whole model by default.
+        set_mode: puts the modules into the mode they train in, at the start of each epoch.
+        evaluate: called every `eval_every` epochs and after the last; its numbers go into the log.
+        resume: go on from the folder's checkpoint, if there is one; else start over.
+        label: what the progress bar and the lines are called.
+
+    Returns:
+        The trained model.
+
+    Raises:
+        RtkError: if the loss becomes NaN or infinite (the last good checkpoint stays).
+        Interrupted: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    device = next(model.parameters()).device
+    channels_last, amp = resolve_arithmetic(config, device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model.parameters(), config)
+    step_fn = make_step(
+        model if network is None else network,
+        optimizer,
+        attack,
+        amp=amp,
+        label_smoothing=config.label_smoothing,
+    )
+    log = JsonlLog(folder / "metrics.jsonl")
+    path = folder / CHECKPOINT
+    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
+    if resume and path.exists():
+        checkpoint = Checkpoint.load(path)
+        if checkpoint.meta["config_hash"] != meta["config_hash"]:
+            raise RtkError(f"{path} is of another configuration; remove it or choose another --out")
+        progress = checkpoint.restore(model, optimizer)
+        log.keep(lambda record: record["epoch"] <= progress["epoch"])
+    else:
+        log.keep(lambda record: False)
+    if progress["finished"]:
+        return model
+
+    def save(**now: Any) -> None:
+        save_checkpoint(path, model, optimizer, {**meta, "progress": now})
+
+    with _stop_requests() as stop_requested:
+        saved = time.monotonic()
+        for epoch in range(progress["epoch"], config.epochs):
+            started = time.perf_counter()
+            set_mode(model)
+            first = progress["step"]
+            loss_sum = torch.tensor(progress["loss_sum"], dtype=torch.float64, device=device)
+            progress = {"step": 0, "loss_sum": 0.0}
+            steps = len(batches)
+            bar = _progress_bar(f"{label} {epoch + 1}/{config.epochs}", first, steps)
+            seen = 0
+            for step, (x, y) in enumerate(batches.epoch(epoch, start=first), start=first):
+                rate = learning_rate(config, epoch + step / steps)
+                set_learning_rate(optimizer, rate)
+                loss_sum += step_fn(x, y)
+                seen += len(y)
+                bar.update()
+                if device.type == "cpu" or step % _CHECK_EVERY == 0:
+                    _check_finite(loss_sum, epoch, step, path)
+                due = time.monotonic() - saved > config.checkpoint_seconds
+                if (due or stop_requested()) and step + 1 < steps:
+                    _check_finite(loss_sum, epoch, step, path)
+                    save(epoch=epoch, step=step + 1, loss_sum=loss_sum.item(), finished=False)
+                    saved = time.monotonic()
+                    if stop_requested():
+                        raise Interrupted(_stopped(epoch, step + 1, path))
+            bar.close()
+            _check_finite(loss_sum, epoch, steps, path)
+            last = epoch + 1 == config.epochs
+            seconds = time.perf_counter() - started
+            record = {
+                "epoch": epoch + 1,
+                "loss": loss_sum.item() / max(1, steps),
+                "lr": rate,
+                "seconds": round(seconds, 3),
+                "images_per_second": round(seen / seconds, 1),
+            }
+            due = config.eval_every and (epoch + 1) % config.eval_every == 0
+            if evaluate is not None and (last or due):
+                record |= evaluate(model)
+            # The record first: if the process dies in between, resuming drops it again.
+            log.append(**record)
+            save(epoch=epoch + 1, step=0, loss_sum=0.0, finished=last)
+            saved = time.monotonic()
+            _plain_line(label, config.epochs, record)
+            if stop_requested() and not last:
+                raise Interrupted(_stopped(epoch + 1, 0, path))
+        if config.epochs == 0:
+            save(epoch=0, step=0, loss_sum=0.0, finished=True)
+    return model
+
+
+def resolve_arithmetic(
+    config: TrainConfig, device: torch.device
+) -> tuple[bool, torch.dtype | None]:
+    """Return (channels_last, autocast dtype) for a device: on by default on a GPU only."""
+    on_gpu = device.type == "cuda"
+    channels_last = on_gpu if config.channels_last == "auto" else config.channels_last == "yes"
+    bf16 = on_gpu if config.amp == "auto" else config.amp == "bf16"
+    return channels_last, torch.bfloat16 if bf16 else None
+
+
+def _check_finite(loss_sum: Tensor, epoch: int, step: int, path: Path) -> None:
+    if not loss_sum.isfinite():
+        kept = f"the last good checkpoint is {path}" if path.exists() else "nothing was saved yet"
+        raise RtkError(
+            f"the loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; {kept}; "
+            "try a smaller --train.lr, or --train.amp none"
+        )
+
+
+def _stopped(epoch: int, step: int, path: Path) -> str:
+    return f"stopped at epoch {epoch}, step {step}; saved {path}; the same command goes on"
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that the loop can finish its step and save."""
+    requested: list[int] = []
+
+    def request(number: int, frame: Any) -> None:
+        if requested:  # asked twice: do not wait for the step
+            raise KeyboardInterrupt
+        requested.append(number)
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+    except ValueError:  # not the main thread: signals go to somebody else
+        pass
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress_bar(label: str, first: int, steps: int) -> tqdm:
+    return tqdm(
+        desc=label, initial=first, total=steps, leave=False, disable=not sys.stderr.isatty()
+    )
+
+
+def _plain_line(label: str, epochs: int, record: dict[str, Any]) -> None:
+    """Say how an epoch went where there is no terminal for a bar: at most some ten lines a run."""
+    every = max(1, epochs // 10)
+    if not sys.stderr.isatty() and (record["epoch"] % every == 0 or record["epoch"] == epochs):
+        print(
+            f"{label} epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, "
+            f"{record['images_per_second']:.0f} images/s",
+            file=sys.stderr,
+            flush=True,
+        )
