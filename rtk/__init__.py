@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from rtk import nn, ops
 from rtk._version import __version__
 from rtk.errors import RtkError
 from rtk.ticket import Ticket
 
-if TYPE_CHECKING:
-    from rtk import attacks, data, draw, evaluate, models, pretrain, recipes, report, train, transfer
-
-_STAGES = (
+__all__ = [
+    "RtkError",
+    "Ticket",
+    "__version__",
+    "nn",
+    "ops",
     "attacks",
     "data",
     "draw",
@@ -30,9 +31,8 @@ _STAGES = (
     "report",
     "train",
     "transfer",
-)
-
-__all__ = ["RtkError", "Ticket", "__version__", "nn", "ops", *_STAGES]
+]
+_STAGES = tuple(name for name in __all__ if name not in globals())
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -32,7 +32,7 @@ def _digest(tensors: dict[str, Tensor], meta_json: str) -> str:
         tensor = tensors[name]
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         # Viewed as bytes because numpy has no bfloat16.
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

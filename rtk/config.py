@@ -312,7 +312,7 @@ class EvaluateConfig(StageConfig):
         _require(self.batch_size > 0, "batch_size", "at least 1 image", self.batch_size)
 
 
-C = TypeVar("C", bound=StageConfig)
+C = TypeVar("C")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -323,14 +323,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Build a `cls` from the dicts that `to_dict` gives; unknown keys raise an RtkError."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
             raise RtkError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, fields)}")
         default = fields[name].default_factory
         if isinstance(value, dict) and default is not dataclasses.MISSING:
-            value = from_dict(type(default()), value)  # type: ignore[arg-type]
+            value = from_dict(type(default()), value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 

@@ -27,7 +27,8 @@ def check_choice(what: str, name: str, known: Iterable[str]) -> str:
     """Return `name` if it is one of `known`, else raise an RtkError that lists them."""
     known = list(known)
     if name not in known:
+        choices = ", ".join(known)
         raise RtkError(
-            f"unknown {what} {name!r}: expected one of {', '.join(known)}{did_you_mean(name, known)}"
+            f"unknown {what} {name!r}: expected one of {choices}{did_you_mean(name, known)}"
         )
     return name

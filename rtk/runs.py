@@ -51,7 +51,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise RtkError(f"cannot read {path} ({error}); run the stage that writes it again") from error
+        raise RtkError(
+            f"cannot read {path} ({error}); run the stage that writes it again"
+        ) from error
 
 
 class JsonlLog:

@@ -84,9 +84,7 @@ class Ticket:
         return 1 - kept / total if total else 0.0
 
     def __repr__(self) -> str:
-        return (
-            f"Ticket({len(self.masks)} layers, {self.granularity}, sparsity {self.sparsity:.4f})"
-        )
+        return f"Ticket({len(self.masks)} layers, {self.granularity}, sparsity {self.sparsity:.4f})"
 
     def save(self, path: str | Path) -> str:
         """Write the ticket atomically as safetensors and return its SHA-256."""

@@ -106,7 +106,7 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
 def _decode(files: list[Path], width: int, height: int, *, resize: bool) -> torch.Tensor:
     """Return the images as (N, 3, height, width) uint8."""
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-    row = {file: array for file, array in zip(files, images.numpy(), strict=True)}
+    row = dict(zip(files, images.numpy(), strict=True))
 
     def fill(file: Path) -> None:
         def use(image: Image.Image) -> None:

@@ -1,4 +1,4 @@
-"""Granularity as data: the shape of a mask over a weight (K, C, R, S), and what a group is worth."""
+"""Granularity as data: the shape of a mask over a weight (K, C, R, S), and a group's score."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def group_scores(weight: Tensor, granularity: str) -> Tensor:
     """
     scores = weight.detach().abs()
     shared = _SHARED_DIMS[check_choice("granularity", granularity, GRANULARITIES)]
-    return scores.mean(tuple(range(weight.dim() - shared, weight.dim())), keepdim=True) if shared else scores
+    return (
+        scores.mean(tuple(range(weight.dim() - shared, weight.dim())), keepdim=True)
+        if shared
+        else scores
+    )
 
 
 def prunable_layers(model: nn.Module, include_first: bool = False) -> dict[str, nn.Conv2d]:

@@ -57,9 +57,7 @@ def omp(
         kept = _groups_kept(scores, sizes, sparsity)
         masks = ops.topk_mask_global(scores, kept)
     else:
-        each = [
-            _groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)
-        ]
+        each = [_groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
         masks = ops.topk_mask(scores, each)
     return Ticket(
         dict(zip(layers, (mask.cpu() for mask in masks), strict=True)),

@@ -27,14 +27,16 @@ def run(config: EvaluateConfig) -> Path:
     device = resolve_device(config.device)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
     path = folder / RESULT
-    if config.resume and path.exists() and read_json(path)["checkpoint_sha256"] == checkpoint.sha256:
+    if (
+        config.resume
+        and path.exists()
+        and read_json(path)["checkpoint_sha256"] == checkpoint.sha256
+    ):
         return path
     data_config = config.data
     if not data_config.name:
         trained_on = from_dict(DataConfig, checkpoint.meta["config"]["data"])
-        data_config = dataclasses.replace(
-            trained_on, root=config.data.root or trained_on.root
-        )
+        data_config = dataclasses.replace(trained_on, root=config.data.root or trained_on.root)
     dataset = data.load(data_config)
     model = checkpoint.build_model().to(device)
     batches = data.Batches(dataset.test, config.batch_size, device=device)

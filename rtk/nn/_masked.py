@@ -19,7 +19,7 @@ class MaskedLayer(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a Parameter or None; Conv2d and Linear declare it differently
     mask: Tensor
     _legend: str
 
@@ -82,8 +82,8 @@ class MaskedLayer(nn.Module):
 
 def adopt(layer: MaskedLayer, plain: nn.Module, mask: Tensor | None) -> None:
     """Give `layer`, made on the meta device, `plain`'s parameters and mode."""
-    layer.weight = plain.weight
-    layer.bias = plain.bias
+    layer.register_parameter("weight", plain.get_parameter("weight"))
+    layer.register_parameter("bias", plain._parameters["bias"])
     layer.train(plain.training)
     layer._init_mask(mask)
 

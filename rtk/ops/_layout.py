@@ -29,5 +29,7 @@ def sum_to(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Sum `tensor` over the dimensions along which `shape` was broadcast."""
     extra = tensor.dim() - len(shape)
     dims = [*range(extra)]
-    dims += [extra + i for i, size in enumerate(shape) if size == 1 and tensor.shape[extra + i] != 1]
+    dims += [
+        extra + i for i, size in enumerate(shape) if size == 1 and tensor.shape[extra + i] != 1
+    ]
     return tensor.sum(dims).reshape(shape) if dims else tensor.reshape(shape)

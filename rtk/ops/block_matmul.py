@@ -166,7 +166,7 @@ _op_bwd_weight = Op(
 
 def _why_not_cpu(*args: Any) -> str | None:
     tensors = [a for a in args if isinstance(a, Tensor)]
-    *others, block_mask = tensors  # the mask comes last; any dtype of it is widened below
+    others = tensors[:-1]  # the mask comes last; any dtype of it is widened below
     reasons = (_compiled.why_not_dtype(t, "an argument", torch.float32) for t in others)
     return _compiled.why_not_cpu(*tensors) or next((r for r in reasons if r), None)
 
@@ -242,9 +242,7 @@ def _bwd_weight_cpu(
 
 
 @_op.implementation("reference")
-def _reference(
-    x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
-) -> Tensor:
+def _reference(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
     return _empty(x, weight).copy_(x @ _masked(x, weight, block_mask, block_size).t())
 
 

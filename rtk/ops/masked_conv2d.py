@@ -69,9 +69,7 @@ def masked_conv2d(
 
 def _pair(name: str, value: IntPair) -> list[int]:
     if isinstance(value, Sequence):
-        require(
-            len(value) == 2, "masked_conv2d: %s must be an int or a pair, got %s", name, value
-        )
+        require(len(value) == 2, "masked_conv2d: %s must be an int or a pair, got %s", name, value)
         return list(value)
     return [value, value]
 
@@ -280,13 +278,13 @@ for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.wh
     _op_bwd_weight.implementation(_backend, lambda g, x, w, m, *_, why=_why_not: why(g, x, w, m))(
         _bwd_weight
     )
+
+
 @_op.implementation("reference")
 def _reference(
     input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
 ) -> Tensor:
-    format = (
-        torch.channels_last if wants_channels_last(input, weight) else torch.contiguous_format
-    )
+    format = torch.channels_last if wants_channels_last(input, weight) else torch.contiguous_format
     masked = apply_mask(weight, mask).to(input.dtype).contiguous(memory_format=format)
     return _convolve(input, masked, bias, *conv)
 

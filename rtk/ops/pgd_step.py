@@ -54,9 +54,7 @@ def check_ball(op: str, eps: float, norm: str, clip_min: float, clip_max: float)
     """Raise an RtkError unless the numbers describe a ball and a range of pixels."""
     check_choice(f"norm for {op}", norm, NORMS)
     require(eps >= 0, "%s: eps must be >= 0 in [0, 1] pixel scale, got %s", op, eps)
-    require(
-        clip_min <= clip_max, "%s: clip must be (low, high), got %s", op, (clip_min, clip_max)
-    )
+    require(clip_min <= clip_max, "%s: clip must be (low, high), got %s", op, (clip_min, clip_max))
 
 
 def check_images(op: str, name: str, images: Tensor) -> None:

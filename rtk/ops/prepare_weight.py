@@ -37,7 +37,7 @@ def prepare_weight(
 
 
 def check_mask(op: str, legend: str, weight: Tensor, mask: Tensor) -> None:
-    """Raise an RtkError unless `mask` is bool or floating, on the weight's device and broadcasts."""
+    """Raise an RtkError unless `mask` is bool or floating, beside the weight, and broadcasts."""
     require(
         mask.dtype == torch.bool or mask.is_floating_point(),
         "%s: mask must be bool or floating, got %s; use mask.bool()",
@@ -86,9 +86,7 @@ def _format(channels_last: bool) -> torch.memory_format:
 
 
 def _check(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool) -> None:
-    require(
-        weight.dtype in FLOATS, "prepare_weight: weight must be floating, got %s", weight.dtype
-    )
+    require(weight.dtype in FLOATS, "prepare_weight: weight must be floating, got %s", weight.dtype)
     require(dtype in FLOATS, "prepare_weight: dtype must be floating, got %s", dtype)
     require(
         not channels_last or weight.dim() == 4,
@@ -143,18 +141,14 @@ def _why_not_shape(weight: Tensor, mask: Tensor) -> str | None:
     return _compiled.why_not_dtype(mask, "mask", torch.bool, *FLOATS)
 
 
-@_op.implementation(
-    "cpu", lambda w, m, *_: _compiled.why_not_cpu(w, m) or _why_not_shape(w, m)
-)
+@_op.implementation("cpu", lambda w, m, *_: _compiled.why_not_cpu(w, m) or _why_not_shape(w, m))
 def _cpu(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     out, arguments = _compiled_arguments(weight, mask, dtype, channels_last)
     _compiled._C.prepare_weight_cpu(*arguments, torch.get_num_threads())
     return out
 
 
-@_op.implementation(
-    "cuda", lambda w, m, *_: _compiled.why_not_cuda(w, m) or _why_not_shape(w, m)
-)
+@_op.implementation("cuda", lambda w, m, *_: _compiled.why_not_cuda(w, m) or _why_not_shape(w, m))
 def _cuda(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     out, arguments = _compiled_arguments(weight, mask, dtype, channels_last)
     stream = torch.cuda.current_stream(weight.device).cuda_stream

@@ -32,7 +32,9 @@ def topk_mask(scores: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> Any:
     """
     if isinstance(scores, Tensor):
         require(
-            isinstance(k, int), "topk_mask: one tensor takes one k, an int, got %s", type(k).__name__
+            isinstance(k, int),
+            "topk_mask: one tensor takes one k, an int, got %s",
+            type(k).__name__,
         )
         return _op([scores], [k])[0]
     require(

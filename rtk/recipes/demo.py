@@ -1,4 +1,4 @@
-"""The demo: robust against natural tickets on scikit-learn's digits, in two minutes on two cores."""
+"""The demo: robust against natural tickets on scikit-learn's digits, on two cores."""
 
 from __future__ import annotations
 
@@ -63,12 +63,10 @@ def _road(out: Path, name: str, seed: int, attack: AttackConfig) -> list[StageCo
     ]
     tickets: dict[str, str | None] = {"dense": None}
     for sparsity in SPARSITIES:
-        label = f"omp-{sparsity:g}"
-        tickets[label] = str(out / "draw" / f"{name}-{label}")
-        stages.append(
-            DrawConfig(out=tickets[label], seed=seed, checkpoint=pretrained, sparsity=sparsity)
-        )
-    for label, ticket in tickets.items():
+        ticket = str(out / "draw" / f"{name}-omp-{sparsity:g}")
+        tickets[f"omp-{sparsity:g}"] = ticket
+        stages.append(DrawConfig(out=ticket, seed=seed, checkpoint=pretrained, sparsity=sparsity))
+    for label, drawn in tickets.items():
         for mode in ("finetune", "linear_bn_update"):
             transferred = str(out / "transfer" / f"{name}-{label}-{mode}")
             stages.append(
@@ -76,7 +74,7 @@ def _road(out: Path, name: str, seed: int, attack: AttackConfig) -> list[StageCo
                     out=transferred,
                     seed=seed,
                     checkpoint=pretrained,
-                    ticket=ticket,
+                    ticket=drawn,
                     mode=mode,
                     data=DataConfig("digits[5-9]"),
                     train=replace(TRAIN, epochs=5),

@@ -120,13 +120,17 @@ def set_limits(axes: Axes) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
 
 
-def _legend_columns(labels: list[str], points: float) -> int:
-    """Return the most columns that fit; a column is filled from its top, as wide as its widest."""
-    for columns in range(len(labels), 1, -1):
+def _legend_columns(labels: list[str], points: float, most: int) -> int:
+    """Return how many columns fit, `most` at most; a column is filled from its top, as wide as its widest."""
+    for columns in range(most, 1, -1):
         parts = numpy.array_split([len(label) for label in labels], columns)
         if sum(0.6 * SIZE * max(part) + 40 for part in parts) <= points:
             return columns
     return 1
+
+
+def _blank() -> Line2D:
+    return Line2D([], [], ls="none", label=" ")
 
 
 def add_legend(figure: Figure, study: Study, panels: list[Panel], caption: str) -> None:
@@ -139,14 +143,18 @@ def add_legend(figure: Figure, study: Study, panels: list[Panel], caption: str) 
         for i, name in enumerate(study.variants)
     ]
     schemes = list(dict.fromkeys(s for panel in panels for s in study.series(panel)))
-    if len(schemes) > 1:
-        handles += [
+    most = len(handles)
+    if len(schemes) > 1:  # in a column of their own, so both are filled up to one length
+        lines = [
             Line2D([], [], color=GREY, ls=style, lw=1.6, label=scheme)
             for style, scheme in zip(itertools.cycle(STYLES), schemes, strict=False)
         ]
+        missing = len(lines) - len(handles)
+        handles += [_blank() for _ in range(missing)] + lines + [_blank() for _ in range(-missing)]
+        most = 2
     labels = [str(handle.get_label()) for handle in handles]
     width, height = figure.get_size_inches()
-    columns = _legend_columns(labels, width * 72)
+    columns = _legend_columns(labels, width * 72, most)
     extra_rows = math.ceil(len(labels) / columns) - 1
     figure.set_size_inches(width, height + 0.2 * extra_rows)  # so that axes keep their height
     legend = figure.legend(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rtk.attacks import Attack, check_labels
 from rtk.data import Batches
@@ -39,7 +39,8 @@ def accuracy(model: nn.Module, batches: Batches, attack: Attack | None = None) -
     """
     training = [module for module in model.modules() if module.training]
     model.eval()
-    rights, labels = [], []
+    rights: list[Tensor] = []
+    labels: list[Tensor] = []
     try:
         for x, y in batches.epoch(0):
             if attack is not None:

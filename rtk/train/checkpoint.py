@@ -86,7 +86,7 @@ class Checkpoint:
         prefix = f"{name}."
         return {k[len(prefix) :]: t for k, t in self.tensors.items() if k.startswith(prefix)}
 
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> models.Classifier:
         """Return the network with its weights and masks, on the CPU."""
         model = models.create(self.spec)
         state = self.section("model")

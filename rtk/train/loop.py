@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from rtk.config import TrainConfig
-from rtk.data import Batches
 from rtk.errors import Interrupted, RtkError
 from rtk.runs import JsonlLog
 from rtk.train.checkpoint import CHECKPOINT, Checkpoint, save_checkpoint
@@ -29,9 +28,19 @@ from rtk.train.step import make_step
 _CHECK_EVERY = 50  # steps between two looks at the loss on a GPU: each look synchronises
 
 
+class BatchSource(Protocol):
+    """What the loop needs of batches: `rtk.data.Batches`, or features computed once."""
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs and labels from step `start` on, the same ones at each call."""
+
+
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: BatchSource,
     config: TrainConfig,
     *,
     folder: Path,
@@ -79,7 +88,7 @@ def train(
     )
     log = JsonlLog(folder / "metrics.jsonl")
     path = folder / CHECKPOINT
-    progress = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
+    progress: dict[str, Any] = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
     if resume and path.exists():
         checkpoint = Checkpoint.load(path)
         if checkpoint.meta["config_hash"] != meta["config_hash"]:
@@ -131,8 +140,8 @@ def train(
                 "seconds": round(seconds, 3),
                 "images_per_second": round(seen / seconds, 1),
             }
-            due = config.eval_every and (epoch + 1) % config.eval_every == 0
-            if evaluate is not None and (last or due):
+            look = config.eval_every > 0 and (epoch + 1) % config.eval_every == 0
+            if evaluate is not None and (last or look):
                 record |= evaluate(model)
             # The record first: if the process dies in between, resuming drops it again.
             log.append(**record)
