@@ -121,7 +121,7 @@ def set_limits(axes: Axes) -> None:
 
 
 def _legend_columns(labels: list[str], points: float, most: int) -> int:
-    """Return how many columns fit, `most` at most; a column is filled from its top, as wide as its widest."""
+    """Return how many columns fit, `most` at most; each is as wide as its longest label."""
     for columns in range(most, 1, -1):
         parts = numpy.array_split([len(label) for label in labels], columns)
         if sum(0.6 * SIZE * max(part) + 40 for part in parts) <= points:

@@ -50,7 +50,7 @@ def _run_row(result: Result) -> list[str]:
         " ".join(filter(None, [result.scheme, result.granularity])),
         percent(result.sparsity),
         "" if result.actual_sparsity is None else f"{100 * result.actual_sparsity:.3f} %",
-        result.target,
+        result.task,
         text(result.transfer),
         text(result.seed),
         _accuracy(result.top1),

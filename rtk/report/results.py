@@ -34,9 +34,10 @@ class Result:
         granularity: of the ticket; None for a dense one.
         sparsity: the sparsity that was asked for; 0 for dense.
         actual_sparsity: the sparsity that was reached.
-        target: the task evaluated on.
+        target: the downstream task; of a pretrained model its own.
         transfer: how the ticket was transferred; None for the pretrained model itself.
         seed: seed of the transfer.
+        evaluated_on: the set whose test images these are; None stands for `target`.
         attack: the attack of `pgd_top1`.
         top1: accuracy on the test images.
         mean_per_class: the mean of the classes' accuracies.
@@ -61,6 +62,7 @@ class Result:
     target: str
     transfer: str | None
     seed: int | None
+    evaluated_on: str | None
     attack: str | None
     top1: float
     mean_per_class: float | None
@@ -75,6 +77,13 @@ class Result:
     def replicate(self) -> tuple[int | None, int | None]:
         """What repetitions of one setting differ in: (pretraining seed, transfer seed)."""
         return (self.pretrain_seed, self.seed)
+
+    @property
+    def task(self) -> str:
+        """The target, and the images of the test where those are others."""
+        if self.evaluated_on in (None, self.target):
+            return self.target
+        return f"{self.target} tested on {self.evaluated_on}"
 
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "extra")
@@ -130,7 +139,7 @@ def rank(name: str | None, known: tuple[str, ...]) -> tuple[int, str]:
 
 def _order(result: Result) -> tuple[Any, ...]:
     return (
-        result.target,
+        result.task,
         rank(result.transfer, TRANSFER_MODES),
         rank(result.granularity, GRANULARITIES),
         rank(result.scheme, SCHEMES),

@@ -25,7 +25,7 @@ class Panel:
     """What one plot shows: accuracy against sparsity for one way of transferring to one target.
 
     Args:
-        target: the downstream task.
+        target: the task, as in `Result.task`.
         transfer: finetune, ...; None for the pretrained model itself.
         granularity: of the tickets; None where there are only dense ones.
         context: the values of `Study.varying`, e.g. ("resnet18",); empty where all runs agree.
@@ -107,7 +107,7 @@ class Study:
         groups: dict[Setting, list[Result]] = defaultdict(list)
         for result in self.results:
             context = tuple(getattr(result, name) for name in self.varying)
-            panel = Panel(result.target, result.transfer, result.granularity, context)
+            panel = Panel(result.task, result.transfer, result.granularity, context)
             groups[Setting(panel, result.scheme, result.sparsity)].append(result)
         return dict(sorted(groups.items(), key=lambda item: item[0].order))
 

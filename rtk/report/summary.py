@@ -43,7 +43,7 @@ def _image_counts(study: Study) -> dict[str, list[int]]:
     counts: dict[str, set[int]] = {}
     for result in study.results:
         if result.images:
-            counts.setdefault(result.target, set()).add(result.images)
+            counts.setdefault(result.task, set()).add(result.images)
     return {target: sorted(numbers) for target, numbers in counts.items()}
 
 
@@ -72,7 +72,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
     schemes = [name for name in study.distinct("scheme") if name != "dense"]
     granularities = study.distinct("granularity")
     drawn = f"{_listed(schemes)}; granularity {_listed(granularities)}" if schemes else "dense only"
-    targets = {result.target for result in study.results if result.transfer}
+    targets = {result.task for result in study.results if result.transfer}
     attacks = study.distinct("attack")
     return [
         ("Models evaluated", _listed(shown)),
@@ -81,7 +81,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("Pretraining", _listed(study.variants)),
         ("Tickets", drawn),
         ("Sparsity", _listed(percent(sparsity) for sparsity in study.distinct("sparsity"))),
-        ("Target", _listed(sorted(targets or study.distinct("target")))),
+        ("Target", _listed(sorted(targets or study.distinct("task")))),
         ("Transfer", _listed(study.distinct("transfer")) if tickets + dense else "none"),
         ("Seeds", _seeds(study)),
         ("Test images", _images(study)),
