@@ -1,0 +1,159 @@
+// The Python module rtk._C: pointers come as integers, every call runs without the GIL.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <sstream>
+
+#include "build_config.h"
+#include "rtk.h"
+
+namespace py = pybind11;
+
+namespace rtk {
+namespace {
+
+using Address = uintptr_t;
+using Four = std::array<int64_t, 4>;
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype(int code) { return static_cast<DType>(code); }
+
+void copy(const Four& from, int64_t (&to)[4]) { std::copy(from.begin(), from.end(), to); }
+
+void pgd_step_cpu(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype, Address out,
+                  int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min, double clip_max,
+                  int threads) {
+  cpu_ops().pgd_step({pointer(x_adv), dtype(x_adv_dtype), pointer(grad), dtype(grad_dtype), pointer(x), dtype(x_dtype),
+                      pointer(out), n, chw, static_cast<float>(eps), static_cast<float>(step_size), l2,
+                      static_cast<float>(clip_min), static_cast<float>(clip_max)},
+                     threads);
+}
+
+void pgd_init_cpu(Address x, int x_dtype, Address out, int out_dtype, int64_t n, int64_t c, int64_t h, int64_t w,
+                  const Four& x_strides, const Four& out_strides, double eps, bool l2, double clip_min,
+                  double clip_max, uint64_t seed, int threads) {
+  PgdInit p{pointer(x), dtype(x_dtype), pointer(out), dtype(out_dtype), {n, c, h, w}, {}, {}, static_cast<float>(eps),
+            l2, static_cast<float>(clip_min), static_cast<float>(clip_max), seed};
+  copy(x_strides, p.x_strides);
+  copy(out_strides, p.out_strides);
+  cpu_ops().pgd_init(p, threads);
+}
+
+void topk_mask_cpu(const std::vector<Address>& scores, const std::vector<int64_t>& sizes,
+                   const std::vector<Address>& out, int score_dtype, int64_t k, int threads) {
+  if (scores.size() != sizes.size() || out.size() != sizes.size()) {
+    throw std::invalid_argument("topk_mask: ptrs, sizes and out_ptrs must have one entry per segment");
+  }
+  TopkMask p{{}, sizes, {}, dtype(score_dtype), k};
+  for (const Address address : scores) p.scores.push_back(pointer(address));
+  for (const Address address : out) p.out.push_back(pointer<uint8_t>(address));
+  cpu_ops().topk_mask(p, threads);
+}
+
+PrepareWeight prepare_weight_args(Address w, int w_dtype, const Four& w_strides, Address mask, int mask_dtype,
+                                  const Four& mask_strides, Address out, int out_dtype, const Four& out_strides,
+                                  const Four& sizes) {
+  PrepareWeight p{pointer(w), dtype(w_dtype), pointer(mask), dtype(mask_dtype), pointer(out), dtype(out_dtype),
+                  {}, {}, {}, {}};
+  copy(sizes, p.sizes);
+  copy(w_strides, p.w_strides);
+  copy(mask_strides, p.mask_strides);
+  copy(out_strides, p.out_strides);
+  return p;
+}
+
+void prepare_weight_cpu(Address w, int w_dtype, const Four& w_strides, Address mask, int mask_dtype,
+                        const Four& mask_strides, Address out, int out_dtype, const Four& out_strides,
+                        const Four& sizes, int threads) {
+  cpu_ops().prepare_weight(prepare_weight_args(w, w_dtype, w_strides, mask, mask_dtype, mask_strides, out, out_dtype,
+                                               out_strides, sizes),
+                           threads);
+}
+
+#ifdef RTK_HAS_CUDA
+void prepare_weight_on_stream(Address w, int w_dtype, const Four& w_strides, Address mask, int mask_dtype,
+                              const Four& mask_strides, Address out, int out_dtype, const Four& out_strides,
+                              const Four& sizes, int device, Address stream) {
+  prepare_weight_cuda(prepare_weight_args(w, w_dtype, w_strides, mask, mask_dtype, mask_strides, out, out_dtype,
+                                          out_strides, sizes),
+                      device, pointer(stream));
+}
+#endif
+
+BlockMatmul block_args(Address w, Address mask, int64_t m, int64_t n, int64_t k, int64_t bn, int64_t bk) {
+  if (bn < 1 || bk < 1 || n % bn || k % bk) {
+    throw std::invalid_argument("block_matmul: bn and bk must divide n and k");
+  }
+  return {pointer<const float>(w), pointer<const float>(mask), m, n, k, bn, bk};
+}
+
+void block_matmul_cpu(Address x, Address w, Address mask, Address out, int64_t m, int64_t n, int64_t k, int64_t bn,
+                      int64_t bk, int threads) {
+  cpu_ops().block_matmul(block_args(w, mask, m, n, k, bn, bk), pointer<const float>(x), pointer<float>(out), threads);
+}
+
+void block_matmul_bwd_input_cpu(Address grad, Address w, Address mask, Address out, int64_t m, int64_t n, int64_t k,
+                                int64_t bn, int64_t bk, int threads) {
+  cpu_ops().block_matmul_bwd_input(block_args(w, mask, m, n, k, bn, bk), pointer<const float>(grad),
+                                   pointer<float>(out), threads);
+}
+
+void block_matmul_bwd_weight_cpu(Address grad, Address x, Address w, Address mask, Address dw, Address dmask,
+                                 int64_t m, int64_t n, int64_t k, int64_t bn, int64_t bk, int threads) {
+  cpu_ops().block_matmul_bwd_weight(block_args(w, mask, m, n, k, bn, bk), pointer<const float>(grad),
+                                    pointer<const float>(x), pointer<float>(dw), pointer<float>(dmask), threads);
+}
+
+std::vector<std::string> cuda_architectures() {
+  std::vector<std::string> architectures;
+  std::istringstream list(RTK_CUDA_ARCHITECTURES);
+  for (std::string one; std::getline(list, one, ';');) architectures.push_back(one);
+  return architectures;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = RTK_COMPILER;
+  info["flags"] = RTK_FLAGS;
+  info["build_type"] = RTK_BUILD_TYPE;
+  info["cuda"] = RTK_CUDA_VERSION;
+  info["isas"] = built_isas();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The compiled ops of rtk, over raw pointers; _C.pyi describes each.";
+  module.attr("f32") = static_cast<int>(DType::f32);
+  module.attr("f64") = static_cast<int>(DType::f64);
+  module.attr("bf16") = static_cast<int>(DType::bf16);
+  module.attr("f16") = static_cast<int>(DType::f16);
+  module.attr("u8") = static_cast<int>(DType::u8);
+  module.attr("b1") = static_cast<int>(DType::b1);
+  module.attr("build_info") = build_info();
+  module.attr("cuda_status") = RTK_CUDA_STATUS;
+  module.attr("cuda_architectures") = cuda_architectures();
+  module.def("cpu_isa", &cpu_isa);
+
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  module.def("pgd_step_cpu", &pgd_step_cpu, no_gil);
+  module.def("pgd_init_cpu", &pgd_init_cpu, no_gil);
+  module.def("topk_mask_cpu", &topk_mask_cpu, no_gil);
+  module.def("prepare_weight_cpu", &prepare_weight_cpu, no_gil);
+  module.def("block_matmul_cpu", &block_matmul_cpu, no_gil);
+  module.def("block_matmul_bwd_input_cpu", &block_matmul_bwd_input_cpu, no_gil);
+  module.def("block_matmul_bwd_weight_cpu", &block_matmul_bwd_weight_cpu, no_gil);
+#ifdef RTK_HAS_CUDA
+  module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
+#endif
+}
+
+}  // namespace rtk

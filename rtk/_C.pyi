@@ -1,0 +1,170 @@
+"""The compiled ops: functions over addresses, dtype codes, sizes and strides in elements.
+
+They check nothing that can be seen in Python (shapes, devices, contiguity): call them through
+rtk.ops. Every function runs without the GIL; `threads` is the most threads that a call uses.
+"""
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+class _BuildInfo(TypedDict):
+    compiler: str
+    flags: str
+    build_type: str
+    cuda: str
+    isas: list[str]
+
+f32: int
+"""Code of torch.float32."""
+f64: int
+"""Code of torch.float64."""
+bf16: int
+"""Code of torch.bfloat16."""
+f16: int
+"""Code of torch.float16."""
+u8: int
+"""Code of torch.uint8; an image of this type stands for value / 255."""
+b1: int
+"""Code of torch.bool."""
+
+build_info: _BuildInfo
+"""Compiler, flags, build type, CUDA version ("" without) and the instruction sets compiled in."""
+cuda_status: str
+"""'built', or why the CUDA kernels are missing."""
+cuda_architectures: list[str]
+"""What was compiled, in CMake's syntax, e.g. ['90a-real', '90-virtual']; empty without CUDA."""
+
+def cpu_isa() -> str:
+    """The instruction set in use: 'avx512', 'avx2' or 'default'; RTK_CPU_ISA forces one."""
+
+def pgd_step_cpu(
+    x_adv_ptr: int,
+    x_adv_dt: int,
+    grad_ptr: int,
+    grad_dt: int,
+    x_ptr: int,
+    x_dt: int,
+    out_ptr: int,
+    n: int,
+    chw: int,
+    eps: float,
+    step_size: float,
+    l2: bool,
+    clip_min: float,
+    clip_max: float,
+    threads: int,
+    /,
+) -> None:
+    """One PGD step on n images of chw elements, all buffers dense in one memory order."""
+
+def pgd_init_cpu(
+    x_ptr: int,
+    x_dt: int,
+    out_ptr: int,
+    out_dt: int,
+    n: int,
+    c: int,
+    h: int,
+    w: int,
+    x_strides: Sequence[int],
+    out_strides: Sequence[int],
+    eps: float,
+    l2: bool,
+    clip_min: float,
+    clip_max: float,
+    seed: int,
+    threads: int,
+    /,
+) -> None:
+    """A random start in the eps-ball around x; noise depends on seed and NCHW index alone."""
+
+def topk_mask_cpu(
+    ptrs: Sequence[int],
+    sizes: Sequence[int],
+    out_ptrs: Sequence[int],
+    dt: int,
+    k: int,
+    threads: int,
+    /,
+) -> None:
+    """Exactly k ones in the byte masks over all segments together."""
+
+def prepare_weight_cpu(
+    w_ptr: int,
+    w_dt: int,
+    w_strides: Sequence[int],
+    mask_ptr: int,
+    mask_dt: int,
+    mask_strides: Sequence[int],
+    out_ptr: int,
+    out_dt: int,
+    out_strides: Sequence[int],
+    sizes: Sequence[int],
+    threads: int,
+    /,
+) -> None:
+    """out = cast(w * mask) in 4 dimensions; a bool mask selects: pruned weights are exactly +0."""
+
+def prepare_weight_cuda(
+    w_ptr: int,
+    w_dt: int,
+    w_strides: Sequence[int],
+    mask_ptr: int,
+    mask_dt: int,
+    mask_strides: Sequence[int],
+    out_ptr: int,
+    out_dt: int,
+    out_strides: Sequence[int],
+    sizes: Sequence[int],
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """prepare_weight_cpu on device memory, queued on a raw stream; absent without CUDA."""
+
+def block_matmul_cpu(
+    x_ptr: int,
+    w_ptr: int,
+    mask_ptr: int,
+    out_ptr: int,
+    m: int,
+    n: int,
+    k: int,
+    bn: int,
+    bk: int,
+    threads: int,
+    /,
+) -> None:
+    """out (m, n) = x (m, k) @ (w (n, k) * mask (n / bn, k / bk))^T, all f32 and row-major."""
+
+def block_matmul_bwd_input_cpu(
+    grad_ptr: int,
+    w_ptr: int,
+    mask_ptr: int,
+    out_ptr: int,
+    m: int,
+    n: int,
+    k: int,
+    bn: int,
+    bk: int,
+    threads: int,
+    /,
+) -> None:
+    """out (m, k) = grad (m, n) @ (w * mask)."""
+
+def block_matmul_bwd_weight_cpu(
+    grad_ptr: int,
+    x_ptr: int,
+    w_ptr: int,
+    mask_ptr: int,
+    dw_ptr: int,
+    dmask_ptr: int,
+    m: int,
+    n: int,
+    k: int,
+    bn: int,
+    bk: int,
+    threads: int,
+    /,
+) -> None:
+    """dw = mask * (grad^T @ x); dmask per block = sum(w * (grad^T @ x)); a pointer of 0 skips."""
