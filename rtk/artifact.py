@@ -42,15 +42,16 @@ def save(path: str | Path, kind: str, tensors: dict[str, Tensor], meta: dict[str
     `kind` is "checkpoint" or "ticket"; `meta` is anything JSON can hold.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    meta = {"kind": kind, "format": FORMAT, "rtk": __version__, **meta}
+    meta = {"rtk": __version__, **meta, "kind": kind, "format": FORMAT}
     meta_json = json.dumps(meta, sort_keys=True)
     sha256 = _digest(tensors, meta_json)
     # Tensors that share memory are refused by safetensors: clone what aliases.
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        if tensor.data_ptr() in seen:
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in seen:
             tensors[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+        seen.add(storage)
     atomic_write(path, save_safetensors(tensors, metadata={"rtk": meta_json, "sha256": sha256}))
     return sha256
 
@@ -69,7 +70,8 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"{kind} {path} cannot be read ({error.strerror}); "
             f"give the path of a {kind} that rtk wrote"
         ) from error
-    if data.startswith(_PICKLE_STARTS):
+    # Byte 8 of safetensors is a brace; its first byte, of the header's length, may be any.
+    if data.startswith(_PICKLE_STARTS) and data[8:9] != b"{":
         raise RtkError(
             f"{kind} {path} is a pickle, which can run code when opened; rtk reads safetensors "
             "only: open it where you trust it and save its tensors as safetensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,16 +26,24 @@ STAGES: dict[str, type[configs.StageConfig]] = {
 class Parser(ArgumentParser):
     """Says what is wrong in one line, with the nearest known name, and exits with 2."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if isinstance(ex, RtkError):
             raise ex
+        text = _plain(" ".join(message.split()).rstrip("."))
         unknown = re.search(
-            r"(?:invalid choice: '?|[Uu]nrecognized arguments: |[Kk]ey \"|[Oo]ption ')([\w.-]+)",
-            message,
+            r"(?:invalid choice: '?|[Uu]nrecognized arguments: |[Oo]ption ')([\w.-]+)", text
         )
         command = self.prog.replace(" [options]", "")
-        near = did_you_mean(unknown[1], self._known_names()) if unknown else ""
-        raise RtkError(f"{' '.join(message.split())}{near}; see {command} --help")
+        near = self._nearest(unknown[1]) if unknown else ""
+        raise RtkError(f"{text}{near}; see {command} --help")
+
+    def _nearest(self, name: str) -> str:
+        names = self._known_names()
+        inside = [n for n in names if n.startswith("--") and n.endswith(f".{name.lstrip('-')}")]
+        return did_you_mean(inside[0] if inside else name, names)
 
     def _known_names(self) -> list[str]:
         names = [option for action in self._actions for option in action.option_strings]
@@ -42,20 +51,47 @@ class Parser(ArgumentParser):
         for action in self._actions:
             if isinstance(action.choices, dict):
                 names += action.choices
+                for sub in action.choices.values():
+                    names += sub._known_names()
         return names
+
+
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list, e.g. [30,60]",
+    "NoneType": "null",
+}
+
+
+def _plain(message: str) -> str:
+    """Return what jsonargparse says of a value of the wrong type in words; the rest as it is."""
+    wrong = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:Got|Given) value: ?(.*)', message)
+    if wrong:
+        key, expected, got = wrong.groups()
+        classes = re.findall(r"<class '(\w+)'>", expected.split("Given value type")[0])
+        names = dict.fromkeys(_TYPES.get(name, name) for name in classes)
+        return f"{key}: expected {' or '.join(names)}, got {got!r}"
+    group = re.match(r'Parser key "(\w+)": Unable to load config [\'"]?([^\'"]*)', message)
+    if group:
+        return f"--{group[1]}: {group[2]!r} is no YAML file; single values are --{group[1]}.NAME"
+    return message
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="rtk",
         description="Draw sparse subnetworks from pretrained vision models and transfer them.",
-        version=f"rtk {__version__}",
+        version=__version__,
     )
     commands = parser.add_subcommands(dest="command", required=True)
 
     demo = Parser(description="Run the whole road on scikit-learn's digits: no network, no GPU.")
     demo.add_argument("--out", default="runs/demo", help="folder for everything the demo makes")
     demo.add_argument("--seeds", type=int, default=3, help="repetitions")
+    demo.add_argument("--jobs", type=int, default=2, help="stages at a time")
     commands.add_subcommand("demo", demo, help="everything once, in two minutes")
 
     commands.add_subcommand(
@@ -65,7 +101,7 @@ def _parser() -> Parser:
     )
     for name, stage in STAGES.items():
         text = (stage.__doc__ or "").strip().splitlines()[0]
-        sub = Parser(description=text)
+        sub = Parser(description=text, usage=f"rtk {name} [options]")
         sub.add_argument("--config", action="config", help="YAML file with any of these settings")
         sub.add_class_arguments(stage, skip={"resume"})
         sub.add_argument(
@@ -91,7 +127,7 @@ def _parser() -> Parser:
 def _demo(arguments: Namespace) -> None:
     from rtk import recipes, report
 
-    path = recipes.run(recipes.demo(arguments.out, arguments.seeds))
+    path = recipes.run(recipes.demo(arguments.out, arguments.seeds), arguments.jobs)
     print(report.print_table(arguments.out))
     print(f"\nreport: {path}")
 
@@ -113,13 +149,13 @@ def _report(arguments: Namespace) -> None:
 
 
 def _stage(arguments: Namespace, name: str) -> None:
-    from rtk.recipes import STAGES as RUN
+    from rtk.recipes import run_stage
 
     values = arguments.as_dict()
     for key in ("config", "debug"):
         values.pop(key, None)
     config = configs.from_dict(STAGES[name], values)
-    print(RUN[type(config)](config))
+    print(run_stage(config))
 
 
 _COMMANDS: dict[str, Callable[[Namespace], None]] = {
@@ -129,15 +165,21 @@ _COMMANDS: dict[str, Callable[[Namespace], None]] = {
 }
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"rtk: warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupted run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        arguments: Any = _parser().parse_args(argv)
-        name = arguments.command
-        values = arguments[name]
-        _COMMANDS.get(name, lambda a: _stage(a, name))(values)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments: Any = _parser().parse_args(argv)
+            name = arguments.command
+            values = arguments[name]
+            _COMMANDS.get(name, lambda a: _stage(a, name))(values)
     except RtkError as error:
         if debug:
             raise
@@ -146,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         if debug:
             raise
-        print(f"rtk: {error or 'interrupted'}", file=sys.stderr)
+        print(f"rtk: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # e.g. piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

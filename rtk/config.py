@@ -24,7 +24,7 @@ NORMS = ("linf", "l2")
 TRANSFER_MODES = ("finetune", "linear_bn_update", "linear_frozen")
 
 # Settings that say where or how a run is executed, not what it computes: not part of its identity.
-_NOT_IDENTITY = {"out", "device", "resume", "checkpoint_seconds", "progress"}
+_NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds"}
 
 
 def _require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -48,7 +48,7 @@ class DataConfig:
         name: digits, cifar10, cifar100, npz:PATH or folder:PATH; a class subset in brackets,
             e.g. digits[0-4] or cifar10[0,2,5-7].
         root: folder that holds the named sets (else RTK_DATA, else ~/.cache/rtk/data).
-        image_size: height and width in pixels that images are resized to; none keeps the set's.
+        image_size: height and width in pixels that images are resized to; null keeps the set's.
         augment: none, flip, crop (pad by an eighth, random crop, flip), shift (the crop without
             the flip, for digits and signs), resized_crop (RandomResizedCrop and flip), or auto:
             what suits the set.
@@ -98,7 +98,7 @@ class AttackConfig:
         name: none or pgd.
         norm: linf or l2.
         eps: radius, e.g. 0.0314 (8/255).
-        step_size: length of a step; none is 2 eps / 3 where steps <= 3 and eps / 4 elsewhere.
+        step_size: length of a step; null is 2 eps / 3 where steps <= 3 and eps / 4 elsewhere.
         steps: number of gradient steps.
         random_start: start at a random point of the ball instead of at the image.
         bn_mode: batch norm while attacking: eval (running statistics) or train (batch statistics).
@@ -208,13 +208,19 @@ class StageConfig:
         out: folder of this run; everything the stage makes lands in it.
         seed: of initialisation, data order, augmentation and random starts.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        threads: of the CPU; 0 leaves it to torch. One is often fastest for tiny networks.
         resume: go on where an earlier, stopped run in the same folder was; else start over.
     """
 
     out: str = "runs/run"
     seed: int = 0
     device: str = "auto"
+    threads: int = 0
     resume: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.threads >= 0, "threads", "a number of CPU threads >= 0", self.threads)
+        _require(0 <= self.seed < 2**63, "seed", "a whole number in [0, 2**63)", self.seed)
 
 
 @dataclass(frozen=True)
@@ -255,6 +261,7 @@ class DrawConfig(StageConfig):
     include_first: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_sparsity(self.sparsity)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("scope", self.scope, SCOPES)
@@ -271,7 +278,7 @@ class TransferConfig(StageConfig):
 
     Args:
         checkpoint: the pretrained network that the ticket was drawn from.
-        ticket: the ticket: a run's folder or its ticket.safetensors; none transfers it dense.
+        ticket: the ticket: a run's folder or its ticket.safetensors; null transfers it dense.
         mode: finetune (all weights), linear_bn_update (a new classifier, batch norm in train
             mode) or linear_frozen (a new classifier on frozen eval-mode features).
         data: the downstream images.
@@ -285,11 +292,12 @@ class TransferConfig(StageConfig):
     train: TrainConfig = field(default_factory=_transfer_train)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("transfer mode", self.mode, TRANSFER_MODES)
 
 
 def _pgd20() -> AttackConfig:
-    return AttackConfig(name="pgd", eps=8 / 255, step_size=2 / 255, steps=20)
+    return AttackConfig(name="pgd", eps=8 / 255, steps=20)  # its step is eps / 4 = 2 / 255
 
 
 @dataclass(frozen=True)
@@ -309,15 +317,26 @@ class EvaluateConfig(StageConfig):
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.batch_size > 0, "batch_size", "at least 1 image", self.batch_size)
+        _require(
+            self.attack.bn_mode == "eval",
+            "attack.bn_mode",
+            "eval, as train would change the model that is measured",
+            self.attack.bn_mode,
+        )
 
 
 C = TypeVar("C")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return `config` as plain dicts, lists and scalars, as YAML and JSON hold them."""
+    """Return `config` as plain dicts, lists and scalars, as YAML and JSON hold them.
+
+    `resume` is left out: it is of one call, and `--config config.yaml` must not start a run over.
+    """
     values = dataclasses.asdict(config)
+    values.pop("resume", None)
     return json.loads(json.dumps(values))  # tuples become lists, as they come back from a file
 
 
@@ -329,8 +348,11 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         if name not in fields:
             raise RtkError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, fields)}")
         default = fields[name].default_factory
-        if isinstance(value, dict) and default is not dataclasses.MISSING:
-            value = from_dict(type(default()), value)
+        if default is not dataclasses.MISSING:
+            if not isinstance(value, dict):
+                raise RtkError(f"{name}: expected settings by name, got {value!r}")
+            stages_own = default()
+            value = from_dict(type(stages_own), {**to_dict(stages_own), **value})
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 
@@ -362,6 +384,25 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _read_config(config: StageConfig, path: Path) -> dict[str, Any]:
+    """Return the settings in the config.yaml of a folder that `config` asks for."""
+    try:
+        text = path.read_text()
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RtkError(
+            f"cannot read {path} ({reason}); choose another --out or remove the folder"
+        ) from error
+    stage = text.removeprefix("# ").split(",")[0] if text.startswith("# ") else None
+    if stage not in (None, type(config).__name__):
+        raise RtkError(
+            f"{path.parent} holds a run of another stage ({stage}, this is a "
+            f"{type(config).__name__}); choose another --out or remove the folder"
+        )
+    return values if isinstance(values, dict) else {}
+
+
 def claim_folder(config: StageConfig) -> Path:
     """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
 
@@ -371,7 +412,7 @@ def claim_folder(config: StageConfig) -> Path:
     folder = Path(config.out)
     path = folder / "config.yaml"
     if path.exists() and config.resume:
-        theirs = _flatten(_identity(yaml.safe_load(path.read_text()) or {}))
+        theirs = _flatten(_identity(_read_config(config, path)))
         ours = _flatten(_identity(to_dict(config)))
         changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if changed:

@@ -12,6 +12,7 @@ from rtk.train import (
     resolve_arithmetic,
     resolve_device,
     seed_everything,
+    set_threads,
     train,
 )
 
@@ -25,8 +26,8 @@ def run(config: PretrainConfig) -> Path:
     Raises:
         RtkError: for bad settings or data, or a loss that becomes NaN.
     """
-    folder = claim_folder(config)
     device = resolve_device(config.device)
+    set_threads(config.threads)
     dataset = data.load(config.data)
     seed_everything(config.seed)
     mean, std = data.channel_stats(dataset.train)
@@ -36,6 +37,7 @@ def run(config: PretrainConfig) -> Path:
     )
     attack = attacks.create(config.attack)
     model = models.create(spec).to(device)
+    folder = claim_folder(config)  # once nothing in the settings can be wrong any more
     channels_last, _ = resolve_arithmetic(config.train, device)
     batches = data.Batches(
         dataset.train,

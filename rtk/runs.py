@@ -38,8 +38,10 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is where a folder is needed" if in_the_way else error.strerror
         raise RtkError(
-            f"cannot write {path} ({error.strerror}); choose a folder you can write with --out"
+            f"cannot write {path} ({reason}); choose a folder you can write with --out"
         ) from error
 
 
@@ -81,8 +83,9 @@ class JsonlLog:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the records that `wanted` refuses, e.g. those past the checkpoint being resumed."""
-        lines = [json.dumps(record) + "\n" for record in self.read() if wanted(record)]
-        atomic_write(self.path, "".join(lines))
+        text = "".join(json.dumps(record) + "\n" for record in self.read() if wanted(record))
+        if not self.path.exists() or self.path.read_text() != text:
+            atomic_write(self.path, text)
 
 
 def find_artefact(path: str | Path, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +93,7 @@ class Ticket:
             for name, mask in self.masks.items()
         }
         meta = {
-            **self.meta,
+            **{key: value for key, value in self.meta.items() if key != "sha256"},
             "granularity": self.granularity,
             "actual_sparsity": self.sparsity,
             "layout": layout,
@@ -124,14 +123,12 @@ class Ticket:
 
     def check_model(self, spec: Any) -> None:
         """Raise an RtkError where the ticket says it is for another network than `spec`."""
-        ours = self.meta.get("model")
-        if ours is None or spec is None:
-            return
-        theirs = dataclasses.asdict(spec)
+        ours = self.meta.get("model") or {}
         for key in _MODEL_KEYS:
-            if ours[key] != theirs[key]:
+            theirs = getattr(spec, key, None)
+            if key in ours and theirs is not None and ours[key] != theirs:
                 raise RtkError(
-                    f"the ticket is for {key} {ours[key]}, the model has {key} {theirs[key]}; "
+                    f"the ticket is for {key} {ours[key]}, the model has {key} {theirs}; "
                     "draw a ticket from this model, or use the checkpoint it was drawn from"
                 )
 

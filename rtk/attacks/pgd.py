@@ -58,21 +58,24 @@ class PGD:
             seed: of the random start; drawn from torch's generator where None.
 
         Raises:
-            RtkError: on the first batch, for images outside [0, 1] or NaN, or labels that the
-                model has no class for. Later batches are not looked at: that would synchronise.
+            RtkError: for images that are not floating; on the first batch, for images outside
+                [0, 1] or NaN, or labels that the model has no class for. Later batches are not
+                looked at: that would synchronise.
         """
+        if not x.is_floating_point():
+            raise RtkError(f"attack: images must be floating, in [0, 1], got {x.dtype}")
         if not self._checked:
             _check_images(x)
-        x_adv = x.detach()
+        x_adv = x = x.detach()
         if self.random_start:
             if seed is None:
                 seed = int(torch.randint(2**63 - 1, ()))
             x_adv = ops.pgd_init(x_adv, eps=self.eps, norm=self.norm, seed=seed)
         elif self.steps == 0:
             x_adv = x_adv.clamp(0, 1)
-        with _batch_norm_mode(model, self.bn_mode), torch.enable_grad():
+        with _frozen_view(model, self.bn_mode), torch.enable_grad():
             for _ in range(self.steps):
-                x_adv.requires_grad_()
+                x_adv = x_adv.detach().requires_grad_()
                 logits = model(x_adv)
                 if not self._checked:
                     check_labels(y, logits)
@@ -112,11 +115,17 @@ def check_labels(y: Tensor, logits: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Put batch norm into `mode` and everything else into eval, and back again afterwards."""
+def _frozen_view(model: nn.Module, bn_mode: str) -> Iterator[None]:
+    """Attack weights that are constants: no gradient of them is computed, none is copied.
+
+    Batch norm is in `bn_mode` and everything else in eval; afterwards all is as it was.
+    """
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
+    for parameter in learned:
+        parameter.requires_grad_(False)
     model.eval()
-    if mode == "train":
+    if bn_mode == "train":
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.train()
@@ -126,3 +135,5 @@ def _batch_norm_mode(model: nn.Module, mode: str) -> Iterator[None]:
         model.eval()
         for module in training:
             module.training = True
+        for parameter in learned:
+            parameter.requires_grad_(True)

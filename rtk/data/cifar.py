@@ -20,7 +20,7 @@ def _load(name: str, reader: Any, config: DataConfig) -> Dataset:
         raise RtkError(
             f"{name} is not there; tried {' and '.join(map(str, tried))}. Download it with\n"
             f"  mkdir -p {root} && curl -L {reader.url} | tar -xz -C {root}\n"
-            "or name the folder that holds it with data.root (--data-root) or RTK_DATA"
+            "or name the folder that holds it with --data.root or RTK_DATA"
         )
     splits = []
     for train in (True, False):

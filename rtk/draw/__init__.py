@@ -13,7 +13,7 @@ from rtk.draw.granularity import group_scores, mask_shape, prunable_layers
 from rtk.draw.omp import omp
 from rtk.registry import Registry
 from rtk.ticket import TICKET, Ticket
-from rtk.train import Checkpoint, resolve_device, seed_everything
+from rtk.train import Checkpoint, resolve_device, seed_everything, set_threads
 
 schemes: Registry[Callable[[nn.Module, DrawConfig], Ticket]] = Registry("scheme")
 
@@ -26,18 +26,20 @@ def _omp(model: nn.Module, config: DrawConfig) -> Ticket:
 def run(config: DrawConfig) -> Path:
     """Draw a ticket as `config` says and return its path.
 
-    A whole ticket that is there already, drawn from the same checkpoint, is left as it is.
+    A ticket that is there already, drawn alike from the same checkpoint, is left as it is.
 
     Raises:
         RtkError: for bad settings or checkpoint, or a ticket in the folder that is damaged.
     """
     scheme = schemes.get(config.scheme)
-    folder = claim_folder(config)
-    path = folder / TICKET
     device = resolve_device(config.device)
+    set_threads(config.threads)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
+    path = claim_folder(config) / TICKET
     if config.resume and path.exists():
-        if Ticket.load(path).meta.get("source_sha256") == checkpoint.sha256:
+        there = Ticket.load(path).meta
+        made_of = (there.get("source_sha256"), there.get("config_hash"))
+        if made_of == (checkpoint.sha256, config_hash(config)):
             return path
     seed_everything(config.seed)
     ticket = scheme(checkpoint.build_model().to(device), config)

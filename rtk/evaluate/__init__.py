@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 
 from rtk import attacks, data
 from rtk._version import __version__
 from rtk.config import DataConfig, EvaluateConfig, claim_folder, config_hash, from_dict
+from rtk.errors import RtkError
 from rtk.runs import read_json, write_json
-from rtk.train import Accuracy, Checkpoint, accuracy, resolve_device, seed_everything
+from rtk.train import Accuracy, Checkpoint, accuracy, resolve_device, seed_everything, set_threads
 
 RESULT = "result.json"
 
@@ -23,25 +25,28 @@ def run(config: EvaluateConfig) -> Path:
     Raises:
         RtkError: for bad settings, data or checkpoint.
     """
-    folder = claim_folder(config)
     device = resolve_device(config.device)
+    set_threads(config.threads)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
-    path = folder / RESULT
-    if (
-        config.resume
-        and path.exists()
-        and read_json(path)["checkpoint_sha256"] == checkpoint.sha256
-    ):
-        return path
-    data_config = config.data
-    if not data_config.name:
-        trained_on = from_dict(DataConfig, checkpoint.meta["config"]["data"])
-        data_config = dataclasses.replace(trained_on, root=config.data.root or trained_on.root)
+    data_config = _images(config, checkpoint)
     dataset = data.load(data_config)
+    classes = checkpoint.meta.get("classes", list(dataset.classes))
+    if classes != list(dataset.classes):
+        warnings.warn(
+            f"the network was trained on the classes {', '.join(classes)}; "
+            f"{data_config.name} has {', '.join(dataset.classes)}",
+            stacklevel=2,
+        )
+    attack = attacks.create(config.attack)
+    path = claim_folder(config) / RESULT
+    if config.resume and path.exists():
+        there = read_json(path)
+        made_of = (there.get("checkpoint_sha256"), there.get("config_hash"))
+        if made_of == (checkpoint.sha256, config_hash(config)):
+            return path
     model = checkpoint.build_model().to(device)
     batches = data.Batches(dataset.test, config.batch_size, device=device)
     natural = accuracy(model, batches)
-    attack = attacks.create(config.attack)
     adversarial = None
     if attack is not None:
         seed_everything(config.seed)
@@ -49,6 +54,7 @@ def run(config: EvaluateConfig) -> Path:
     write_json(
         path,
         {
+            "target": data_config.name,  # of a network that was not transferred
             **checkpoint.lineage,
             "evaluated_on": data_config.name,
             "attack": None
@@ -64,6 +70,24 @@ def run(config: EvaluateConfig) -> Path:
         },
     )
     return path
+
+
+def _images(config: EvaluateConfig, checkpoint: Checkpoint) -> DataConfig:
+    """Return which images to measure on: those that are named, or the network's own."""
+    if config.data.name:
+        return config.data
+    values = checkpoint.meta.get("config", {}).get("data")
+    if values is None:
+        raise RtkError(
+            f"checkpoint {checkpoint.path} does not say what it was trained on; "
+            "name the images with --data.name"
+        )
+    own = from_dict(DataConfig, values)
+    return dataclasses.replace(
+        own,
+        root=config.data.root or own.root,
+        image_size=config.data.image_size or own.image_size,
+    )
 
 
 __all__ = ["RESULT", "Accuracy", "accuracy", "run"]

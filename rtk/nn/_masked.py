@@ -39,7 +39,10 @@ class MaskedLayer(nn.Module):
         Raises:
             RtkError: if it does not broadcast, or is neither bool nor floating.
         """
-        mask = mask if isinstance(mask, nn.Parameter) else mask.to(self.weight.device)
+        if not isinstance(mask, nn.Parameter):
+            mask = mask.to(self.weight.device)
+            # An expanded mask cannot be copied into, which loading a state_dict does.
+            mask = mask.clone() if 0 in mask.stride() else mask
         check_mask(type(self).__name__, self._legend, self.weight, mask)
         if not isinstance(mask, nn.Parameter) and "mask" in self._buffers:
             self.mask = mask
@@ -73,7 +76,11 @@ class MaskedLayer(nn.Module):
             state_dict[key] = self.mask
         elif loaded.shape != self.mask.shape or loaded.dtype != self.mask.dtype:
             check_mask(f"loading {key}", self._legend, self.weight, loaded.to(self.weight.device))
-            self.mask = type(self.mask)(loaded.to(self.weight.device, copy=True))
+            if not isinstance(self.mask, nn.Parameter):
+                self.mask = torch.empty_like(loaded, device=self.weight.device)
+            elif loaded.shape != self.mask.shape:  # it stays a Parameter, in its own dtype
+                new = self.mask.new_empty(loaded.shape)
+                self.mask = nn.Parameter(new, requires_grad=self.mask.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
         if loaded is None:
             del state_dict[key]

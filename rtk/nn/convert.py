@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,9 +16,12 @@ if TYPE_CHECKING:
     from rtk.ticket import Ticket
 
 
-def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new`'s values where its keys were, under every name of a module that has several."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in new:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new[module])
 
 
 def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
@@ -30,14 +34,19 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
         RtkError: if the model lacks a layer of the ticket, or a mask does not fit its weight;
             then nothing has been changed.
     """
-    modules = dict(model.named_modules())
-    new: dict[str, MaskedLayer] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new: dict[nn.Module, nn.Module] = {}
     for name, mask in ticket.masks.items():
         module = modules.get(name)
         if not isinstance(module, nn.Conv2d | nn.Linear):
             raise RtkError(
                 f"the ticket masks layer {name!r}, which the model has not as a Conv2d or Linear"
                 f"{did_you_mean(name, modules)}; is the ticket for another architecture?"
+            )
+        if not isinstance(module.weight, nn.Parameter):
+            raise RtkError(
+                f"the weight of {name!r} is computed from others (torch.nn.utils.prune or a "
+                "parametrization); make that permanent first, e.g. with prune.remove"
             )
         if not _fits(mask.shape, module.weight.shape):
             raise RtkError(
@@ -49,12 +58,11 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
         if isinstance(module, MaskedLayer):
             module.set_mask(mask.clone())
         elif isinstance(module, nn.Conv2d):
-            new[name] = MaskedConv2d.from_conv(module, mask.clone())
+            new[module] = MaskedConv2d.from_conv(module, mask.clone())
         else:
             assert isinstance(module, nn.Linear)
-            new[name] = MaskedLinear.from_linear(module, mask.clone())
-    for name, layer in new.items():
-        _set_submodule(model, name, layer)
+            new[module] = MaskedLinear.from_linear(module, mask.clone())
+    _swap(model, new)
     return model
 
 
@@ -71,7 +79,6 @@ def fold(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, MaskedConv2d | MaskedLinear):
         return model.fold()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, MaskedConv2d | MaskedLinear):
-            _set_submodule(model, name, module.fold())
+    masked = [m for m in model.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
+    _swap(model, {module: module.fold() for module in masked})
     return model

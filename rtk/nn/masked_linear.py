@@ -41,8 +41,10 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        # Under autocast F.linear casts; outside, the weight is prepared in the input's dtype.
-        return F.linear(input, ops.prepare_weight(self.weight, self.mask), self.bias)
+        # As in MaskedConv2d an fp32 master serves a bf16 input; under autocast F.linear casts more.
+        weight = ops.prepare_weight(self.weight, self.mask, dtype=input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, weight, bias)
 
     def fold(self) -> nn.Linear:
         """Return a plain nn.Linear that holds a copy of the masked weight."""

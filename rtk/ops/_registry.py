@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree
 
 from rtk.errors import RtkError, check_choice
@@ -116,13 +118,26 @@ class Op:
 
     def autograd(self, function: type[torch.autograd.Function]) -> None:
         """Differentiate the op through `function`, whose forward calls `below_autograd`."""
+        # Inside torch.func the dispatcher has come to one of its levels when it calls the kernel.
+        # Function.apply would walk through the levels itself; its base class stays on this one.
+        on_one_level: Any = type(
+            function.__name__,
+            (_SingleLevelFunction,),
+            {
+                "forward": staticmethod(function.forward),
+                "backward": staticmethod(function.backward),
+            },
+        )
 
         def kernel(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(
+            if not torch.is_grad_enabled() or not any(
                 isinstance(a, Tensor) and a.requires_grad for a in args
             ):
-                return function.apply(*args)
-            return self.below_autograd(*args)
+                return self.below_autograd(*args)
+            if torch._C._are_functorch_transforms_active():
+                with enable_single_level_autograd_function():
+                    return on_one_level.apply(*args)
+            return function.apply(*args)
 
         library.impl(self.name, kernel, "Autograd")
 

@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 
 from rtk.ops import _compiled
 from rtk.ops._registry import Op, require
-from rtk.ops.prepare_weight import apply_mask
 
 
 def block_matmul(
@@ -91,13 +90,10 @@ def _check(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[i
     )
 
 
-def _expand(block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
-    """Return the mask a weight element."""
-    return block_mask.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
-
-
-def _masked(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
-    return apply_mask(weight, _expand(block_mask, block_size)).to(x.dtype)
+def _scaled(tensor: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
+    """Return tensor times the mask of its block, with an exact 0 in blocks that are off."""
+    mask = block_mask.repeat_interleave(block_size[0], 0).repeat_interleave(block_size[1], 1)
+    return torch.where(mask != 0, tensor * mask, 0)
 
 
 def _empty(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -243,14 +239,14 @@ def _bwd_weight_cpu(
 
 @_op.implementation("reference")
 def _reference(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
-    return _empty(x, weight).copy_(x @ _masked(x, weight, block_mask, block_size).t())
+    return _empty(x, weight).copy_(x @ _scaled(weight, block_mask, block_size).to(x.dtype).t())
 
 
 @_op_bwd_input.implementation("reference")
 def _bwd_input_reference(
     grad: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
 ) -> Tensor:
-    product = grad @ _masked(grad, weight, block_mask, block_size)
+    product = grad @ _scaled(weight, block_mask, block_size).to(grad.dtype)
     return _empty_bwd_input(grad, weight).copy_(product)
 
 
@@ -266,7 +262,7 @@ def _bwd_weight_reference(
     dense = (_rows(grad).t() @ _rows(x)).to(weight.dtype)
     gradients = []
     if needs[0]:
-        gradients.append(apply_mask(dense, _expand(block_mask, block_size)).to(weight.dtype))
+        gradients.append(_scaled(dense, block_mask, block_size).to(weight.dtype))
     if needs[1]:
         (bn, bk), (n, k) = block_size, weight.shape
         blocks = (dense * weight).reshape(n // bn, bn, k // bk, bk)

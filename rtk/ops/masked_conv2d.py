@@ -5,7 +5,8 @@ N C H W input, K output channels, R S filter, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from rtk.ops.prepare_weight import (
     apply_mask,
     check_mask,
     mask_gradient,
-    prepare_weight,
+    prepare_fake,
+    prepare_now,
     wants_channels_last,
 )
 
 IntPair = int | Sequence[int]
+Prepare = Callable[[Tensor, Tensor, torch.dtype, bool], Tensor]
 
 
 def masked_conv2d(
@@ -181,17 +184,24 @@ def _convolve_backward(
     )
 
 
-def _shape_only(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a tensor of `shape` without memory, for an argument that only gives its sizes."""
-    return like.new_empty(1).expand(shape)
+def _shape_only(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
+    """Return a tensor for an argument that only gives its sizes; on a GPU it has no memory."""
+    if like.device.type != "cpu":
+        return like.new_empty(1).expand(shape)
+    # oneDNN would fill in an expanded one; pages that nobody touches cost nothing.
+    format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, memory_format=format)
 
 
 def _on_prepared_weights(
-    input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    *conv: Any,
+    prepare: Prepare = prepare_now,
 ) -> Tensor:
-    prepared = prepare_weight(
-        weight, mask, dtype=input.dtype, channels_last=wants_channels_last(input, weight)
-    )
+    prepared = prepare(weight, mask, input.dtype, wants_channels_last(input, weight))
     return _convolve(input, prepared, bias, *conv)
 
 
@@ -200,7 +210,7 @@ _op = Op(
     "masked_conv2d(Tensor input, Tensor weight, Tensor mask, Tensor? bias, SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     _check,
-    _on_prepared_weights,
+    partial(_on_prepared_weights, prepare=prepare_fake),
 )
 _op.autocast_first_argument()
 
@@ -223,9 +233,12 @@ def _bwd_input(
     input_size: Sequence[int],
     channels_last: bool,
     *conv: Any,
+    prepare: Prepare = prepare_now,
 ) -> Tensor:
-    prepared = prepare_weight(weight, mask, dtype=grad.dtype, channels_last=channels_last)
-    input = _shape_only(grad, input_size)
+    if any(isinstance(size, int) and size == 0 for size in input_size):
+        return grad.new_empty(input_size)  # for no images, torch's fake has other strides
+    prepared = prepare(weight, mask, grad.dtype, channels_last)
+    input = _shape_only(grad, input_size, channels_last)
     return _convolve_backward(grad, input, prepared, *conv, needs=[True, False, False])[0]
 
 
@@ -234,7 +247,7 @@ _op_bwd_input = Op(
     "bool channels_last, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "SymInt groups) -> Tensor",
     _check_bwd_input,
-    _bwd_input,
+    partial(_bwd_input, prepare=prepare_fake),
 )
 
 
@@ -248,7 +261,7 @@ def _bwd_weight(
     grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_needs: Any
 ) -> list[Tensor]:
     *conv, (need_weight, need_mask) = conv_and_needs
-    shape = _shape_only(input, weight.shape)
+    shape = _shape_only(input, weight.shape, wants_channels_last(input, weight))
     dense = _convolve_backward(grad, input, shape, *conv, needs=[False, True, False])[1]
     dense = dense.to(weight.dtype)
     gradients = []

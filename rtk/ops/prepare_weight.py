@@ -191,6 +191,15 @@ class _Autograd(torch.autograd.Function):
 _op.autograd(_Autograd)
 
 
+def prepare_now(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Run `prepare_weight` inside another op: arguments are checked, the dispatcher is behind."""
+    arguments = (weight, mask, dtype, channels_last)
+    return _op.choose(*arguments).run(*arguments)
+
+
+prepare_fake = _fake  # its twin for fake tensors
+
+
 def wants_channels_last(input: Tensor, weight: Tensor) -> bool:
     """Whether a convolution of the two runs in channels_last: where either of them is."""
     return torch.channels_last in (memory_format(input), memory_format(weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from rtk import draw, evaluate, pretrain, report, transfer
 from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, StageConfig, TransferConfig
+from rtk.recipes.processes import run_in_processes
 
 STAGES: dict[type[StageConfig], Callable[[Any], Path]] = {
     PretrainConfig: pretrain.run,
@@ -36,17 +38,39 @@ class Recipe:
     stages: tuple[StageConfig, ...]
 
 
-def run(recipe: Recipe) -> Path:
+def run_stage(stage: StageConfig) -> Path:
+    """Run one stage by its configuration's type and return the path of what it made."""
+    return STAGES[type(stage)](stage)
+
+
+def run(recipe: Recipe, jobs: int = 1) -> Path:
     """Run the stages that are not done yet, write the report and return report.html's path.
 
     Stopped anywhere, even by SIGKILL, the same call goes on and ends in the same numbers.
+
+    Args:
+        recipe: what to run.
+        jobs: stages at a time; more than one run in processes of their own, and what they would
+            print is in the folder's log.txt.
+
+    Raises:
+        RtkError: from a stage.
+        Interrupted: on Ctrl-C.
     """
-    for index, stage in enumerate(recipe.stages, start=1):
+    count = itertools.count(1)
+
+    def started(stage: StageConfig) -> None:
         print(
-            f"[{index}/{len(recipe.stages)}] {type(stage).__name__.removesuffix('Config').lower()} "
-            f"{Path(stage.out).relative_to(recipe.folder)}",
+            f"[{next(count)}/{len(recipe.stages)}] {Path(stage.out).relative_to(recipe.folder)}",
             file=sys.stderr,
             flush=True,
         )
-        STAGES[type(stage)](stage)
+
+    if jobs == 1:
+        for stage in recipe.stages:
+            started(stage)
+            run_stage(stage)
+    else:
+        log = recipe.folder / "log.txt"
+        run_in_processes(recipe.stages, run_stage, jobs, log=log, started=started)
     return report.write_report(recipe.folder, note=recipe.note, title=recipe.title)

@@ -4,7 +4,7 @@ from rtk.train.accuracy import Accuracy, accuracy
 from rtk.train.checkpoint import CHECKPOINT, Checkpoint, load_state, save_checkpoint
 from rtk.train.loop import resolve_arithmetic, train
 from rtk.train.optim import learning_rate, make_optimizer
-from rtk.train.setup import resolve_device, seed_everything
+from rtk.train.setup import resolve_device, seed_everything, set_threads
 from rtk.train.step import make_step
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "resolve_device",
     "save_checkpoint",
     "seed_everything",
+    "set_threads",
     "train",
 ]

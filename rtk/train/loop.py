@@ -71,7 +71,7 @@ def train(
         The trained model.
 
     Raises:
-        RtkError: if the loss becomes NaN or infinite (the last good checkpoint stays).
+        RtkError: if the loss or a weight becomes NaN or infinite (the last good checkpoint stays).
         Interrupted: on SIGINT or SIGTERM, after a checkpoint.
     """
     device = next(model.parameters()).device
@@ -91,17 +91,24 @@ def train(
     progress: dict[str, Any] = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
     if resume and path.exists():
         checkpoint = Checkpoint.load(path)
-        if checkpoint.meta["config_hash"] != meta["config_hash"]:
-            raise RtkError(f"{path} is of another configuration; remove it or choose another --out")
+        for key in ("config_hash", "source_sha256", "ticket_sha256"):
+            if checkpoint.meta.get(key) != meta.get(key):
+                raise RtkError(
+                    f"{path} was made with another configuration, checkpoint or ticket ({key} "
+                    "differs); start over with --no_resume or choose another --out"
+                )
         progress = checkpoint.restore(model, optimizer)
         log.keep(lambda record: record["epoch"] <= progress["epoch"])
     else:
+        path.unlink(missing_ok=True)  # first, so that no checkpoint is ever without its log
         log.keep(lambda record: False)
     if progress["finished"]:
         return model
 
     def save(**now: Any) -> None:
-        save_checkpoint(path, model, optimizer, {**meta, "progress": now})
+        # A finished run has nothing to go on with: half the file, for whoever only needs the weights.
+        state = None if now["finished"] else optimizer
+        save_checkpoint(path, model, state, {**meta, "progress": now})
 
     with _stop_requests() as stop_requested:
         saved = time.monotonic()
@@ -124,13 +131,13 @@ def train(
                     _check_finite(loss_sum, epoch, step, path)
                 due = time.monotonic() - saved > config.checkpoint_seconds
                 if (due or stop_requested()) and step + 1 < steps:
-                    _check_finite(loss_sum, epoch, step, path)
+                    _check_finite(loss_sum, epoch, step, path, model)
                     save(epoch=epoch, step=step + 1, loss_sum=loss_sum.item(), finished=False)
                     saved = time.monotonic()
                     if stop_requested():
                         raise Interrupted(_stopped(epoch, step + 1, path))
             bar.close()
-            _check_finite(loss_sum, epoch, steps, path)
+            _check_finite(loss_sum, epoch, steps - 1, path, model)
             last = epoch + 1 == config.epochs
             seconds = time.perf_counter() - started
             record = {
@@ -148,7 +155,7 @@ def train(
             save(epoch=epoch + 1, step=0, loss_sum=0.0, finished=last)
             saved = time.monotonic()
             _plain_line(label, config.epochs, record)
-            if stop_requested() and not last:
+            if stop_requested():
                 raise Interrupted(_stopped(epoch + 1, 0, path))
         if config.epochs == 0:
             save(epoch=0, step=0, loss_sum=0.0, finished=True)
@@ -165,12 +172,16 @@ def resolve_arithmetic(
     return channels_last, torch.bfloat16 if bf16 else None
 
 
-def _check_finite(loss_sum: Tensor, epoch: int, step: int, path: Path) -> None:
-    if not loss_sum.isfinite():
+def _check_finite(
+    loss_sum: Tensor, epoch: int, step: int, path: Path, model: nn.Module | None = None
+) -> None:
+    # Before saving the model is looked at too: a step's loss does not tell what the step did.
+    saved = [] if model is None else model.state_dict().values()
+    if not all(tensor.isfinite().all() for tensor in (loss_sum, *saved)):
         kept = f"the last good checkpoint is {path}" if path.exists() else "nothing was saved yet"
         raise RtkError(
-            f"the loss became NaN or infinite in epoch {epoch + 1}, step {step + 1}; {kept}; "
-            "try a smaller --train.lr, or --train.amp none"
+            f"the loss or a weight became NaN or infinite in epoch {epoch + 1}, step {step + 1}; "
+            f"{kept}; try a smaller --train.lr or --train.amp none, in another --out"
         )
 
 
@@ -184,7 +195,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     requested: list[int] = []
 
     def request(number: int, frame: Any) -> None:
-        if requested:  # asked twice: do not wait for the step
+        if number in requested:  # asked twice: do not wait for the step
             raise KeyboardInterrupt
         requested.append(number)
 

@@ -31,6 +31,12 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def set_threads(threads: int) -> None:
+    """Let torch, and rtk's own C++, use that many CPU threads from now on; 0 changes nothing."""
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators."""
     random.seed(seed)

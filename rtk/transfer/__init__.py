@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rtk.train import (
     resolve_arithmetic,
     resolve_device,
     seed_everything,
+    set_threads,
 )
 from rtk.transfer.finetune import finetune
 from rtk.transfer.linear import linear_bn_update, linear_frozen
@@ -41,14 +43,20 @@ def run(config: TransferConfig) -> Path:
             a loss that becomes NaN.
     """
     mode = modes.get(config.mode)
-    folder = claim_folder(config)
     device = resolve_device(config.device)
+    set_threads(config.threads)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
     lineage = {**checkpoint.lineage, **_DENSE}
     ticket = None
     if config.ticket is not None:
         ticket = Ticket.load(find_artefact(config.ticket, TICKET))
         ticket.check_model(checkpoint.spec)
+        if ticket.meta.get("source_sha256", checkpoint.sha256) != checkpoint.sha256:
+            warnings.warn(
+                f"the ticket {config.ticket} was drawn from another checkpoint than "
+                f"{config.checkpoint}: its masks go over weights that did not choose them",
+                stacklevel=2,
+            )
         lineage |= ticket.meta.get("lineage", {})
     dataset = data.load(config.data)
 
@@ -59,6 +67,7 @@ def run(config: TransferConfig) -> Path:
     models.replace_head(
         model, len(dataset.classes), generator=torch.Generator().manual_seed(config.seed)
     )
+    folder = claim_folder(config)
     model.to(device)
     channels_last, _ = resolve_arithmetic(config.train, device)
     task = Task(

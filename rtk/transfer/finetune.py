@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from rtk import data
 from rtk.models import Classifier
 from rtk.train import train
 from rtk.transfer.task import Task
@@ -15,5 +14,4 @@ def finetune(model: Classifier, task: Task, **loop: Any) -> None:
 
     Pruned weights stay exactly 0: their gradient is 0, and weight decay has nothing to act on.
     """
-    batches = data.Batches(task.dataset.train, augment=task.augment, shuffle=True, **task.batches)
-    train(model, batches, task.config, **loop)
+    train(model, task.train_batches(), task.config, **loop)

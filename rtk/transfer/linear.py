@@ -21,8 +21,7 @@ def linear_bn_update(model: Classifier, task: Task, **loop: Any) -> None:
     other weights (Salman et al. 2020).
     """
     _freeze_all_but_head(model)
-    batches = data.Batches(task.dataset.train, augment=task.augment, shuffle=True, **task.batches)
-    train(model, batches, task.config, **loop)
+    train(model, task.train_batches(), task.config, **loop)
 
 
 def linear_frozen(model: Classifier, task: Task, **loop: Any) -> None:

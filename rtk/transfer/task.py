@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rtk.config import TrainConfig
-from rtk.data import Dataset
+from rtk.data import Batches, Dataset
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,17 @@ class Task:
     augment: str
     config: TrainConfig
     batches: dict[str, Any]
+
+    def train_batches(self) -> Batches:
+        """Return the shuffled, augmented training images: all of them in each epoch.
+
+        Only a last batch of a single image is left out: batch norm cannot train on one.
+        """
+        alone = len(self.dataset.train) % self.batches["batch_size"] == 1
+        return Batches(
+            self.dataset.train,
+            augment=self.augment,
+            shuffle=True,
+            drop_last=alone,
+            **self.batches,
+        )

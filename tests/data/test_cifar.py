@@ -61,7 +61,7 @@ def test_missing_data_says_where_it_looked_and_how_to_get_it(tmp_path, name, fol
     assert str(tmp_path / name / folder) in message
     assert f"https://www.cs.toronto.edu/~kriz/{archive}" in message
     assert f"tar -xz -C {tmp_path}" in message
-    assert "RTK_DATA" in message and "--data-root" in message
+    assert "RTK_DATA" in message and "--data.root" in message
 
 
 def test_the_root_is_the_setting_then_the_environment_then_the_cache(monkeypatch, tmp_path):

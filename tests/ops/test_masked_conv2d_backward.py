@@ -1,0 +1,136 @@
+"""The gradients of masked_conv2d: exact zeros, gradcheck, autocast, and only what is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rtk.ops import masked_conv2d
+
+OP = "masked_conv2d"
+
+
+def tensors(device: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {
+        "input": torch.randn(2, 5, 7, 9).to(device, dtype),
+        "weight": torch.randn(6, 5, 3, 3).to(device, dtype),
+        "mask": (torch.rand(6, 5, 3, 3) < 0.4).to(device),
+        "bias": torch.randn(6).to(device, dtype),
+    }
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_pruned_weight_may_hold_anything_and_gets_no_gradient(poison, backend, device):
+    given = tensors(device)
+    clean = masked_conv2d(**given)
+    given["weight"] = given["weight"].masked_fill(~given["mask"], poison).requires_grad_()
+    given["input"].requires_grad_()
+    out = masked_conv2d(**given)
+    assert torch.equal(out, clean)
+    out.square().sum().backward()
+    assert given["input"].grad.isfinite().all()
+    assert torch.equal(
+        given["weight"].grad[~given["mask"]],
+        torch.zeros(int((~given["mask"]).sum()), device=device),
+    )
+    assert (given["weight"].grad[given["mask"]] != 0).all()
+
+
+def test_a_pruned_weight_gets_no_gradient_even_where_the_dense_one_overflows(backend, device):
+    given = tensors(device)
+    given["weight"].requires_grad_()
+    masked_conv2d(**given).backward(torch.full((2, 6, 5, 7), torch.inf, device=device))
+    assert not given["weight"].grad[~given["mask"]].any()
+    assert not given["weight"].grad[given["mask"]].isfinite().any()
+
+
+def test_the_gradient_of_an_fp32_bias_is_summed_in_fp32(backend, device):
+    given = tensors(device) | {"input": torch.randn(1, 5, 35, 33, device=device).bfloat16()}
+    given["bias"].requires_grad_()
+    masked_conv2d(**given).sum().backward()
+    assert given["bias"].grad.tolist() == [33.0 * 31.0] * 6, "1023 is no bfloat16"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [(3, 2, 2, 3), (3, 2, 2, 1), (3, 2, 1, 1), (3, 1, 1, 1), (2, 2, 3), (1, 2, 1, 3), (3,), ()],
+    ids=str,
+)
+def test_gradcheck(mask):
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).requires_grad_()
+
+    def op(*args: Tensor) -> Tensor:
+        return masked_conv2d(*args, stride=(1, 2), padding=1)
+
+    given = (leaf(2, 2, 4, 3), leaf(3, 2, 2, 3), leaf(*mask), leaf(3))
+    assert torch.autograd.gradcheck(op, given)
+
+
+class Calls(TorchDispatchMode):
+    """Records the names of the rtk ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rtk":
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("needed", "input_saved", "backward_ops"),
+    [
+        ("input", False, {"masked_conv2d_bwd_input"}),
+        ("bias", False, set()),
+        ("weight", True, {"masked_conv2d_bwd_weight"}),
+        ("mask", True, {"masked_conv2d_bwd_weight"}),
+    ],
+)
+def test_only_what_is_needed_is_saved_and_computed(needed, input_saved, backward_ops):
+    given = tensors("cpu")
+    given["mask"] = given["mask"].float()
+    given[needed].requires_grad_()
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t
+    ):
+        out = masked_conv2d(**given)
+    assert (given["input"].data_ptr() in saved) is input_saved
+    with Calls() as calls:
+        out.sum().backward()
+    assert {name for name in calls.names if "bwd" in name} == backward_ops
+    assert given[needed].grad.abs().sum() > 0
+    assert all(t.grad is None for name, t in given.items() if name != needed)
+
+
+AUTOCAST = [
+    pytest.param("cpu", torch.bfloat16, id="cpu-bf16"),
+    pytest.param("cuda", torch.bfloat16, id="cuda-bf16", marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.float16, id="cuda-fp16", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize(("place", "dtype"), AUTOCAST)
+def test_autocast_computes_low_and_returns_fp32_gradients(place, dtype, assert_like_formula):
+    given = tensors(place)
+
+    def op(*args: Tensor) -> Tensor:
+        with torch.autocast(place, dtype):
+            out = masked_conv2d(*args, padding=1)
+        assert out.dtype == dtype
+        return out
+
+    assert_like_formula(op, lambda x, w, m, b: F.conv2d(x, w * m, b, padding=1), **given)
+
+
+def test_autocast_leaves_float64_alone():
+    given = tensors("cpu", torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = masked_conv2d(**given)
+    assert torch.equal(out, masked_conv2d(**given))

@@ -1,0 +1,106 @@
+"""torch.library.opcheck on every operator: schema, autograd registration, fake, AOT dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rtk.ops import backend as forced
+from rtk.ops._registry import ops
+
+
+def randn(*shape: int, grad: bool = False, last: bool = False, dtype=torch.float32) -> Tensor:
+    tensor = torch.randn(*shape).to(dtype)
+    if last:
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.requires_grad_(grad)
+
+
+def boolean(*shape: int) -> Tensor:
+    return torch.rand(*shape) < 0.5
+
+
+CONV = ([2, 1], [1, 2], [1, 1], 2)  # stride, padding, dilation, groups
+OUT = (2, 6, 4, 8)  # of (2, 4, 7, 6) under CONV with a 3x3 filter
+LINF = {"eps": 0.1, "norm": "linf", "clip_min": 0.0, "clip_max": 1.0}
+L2 = LINF | {"norm": "l2"}
+STEP = {"step_size": 0.05}
+
+
+def samples() -> dict[str, list[tuple[tuple, dict]]]:
+    """Return arguments for every operator of the namespace."""
+    x, x_last = randn(2, 4, 7, 6, grad=True), randn(2, 4, 7, 6, grad=True, last=True)
+    w, w_last = randn(6, 2, 3, 3, grad=True), randn(6, 2, 3, 3, grad=True, last=True)
+    m = boolean(6, 2, 3, 3)
+    float_mask, bias = randn(6, 1, 1, 1, grad=True), randn(6, grad=True)
+    half = randn(2, 4, 7, 6, dtype=torch.bfloat16)
+    empty = randn(0, 4, 7, 6, grad=True)
+    up, up_last = randn(*OUT), randn(*OUT, last=True)
+    bx, bw = randn(2, 5, 6, grad=True), randn(4, 6, grad=True)
+    blocks, float_blocks = boolean(2, 2), randn(2, 2, grad=True)
+    image, image_last = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5).to(memory_format=LAST)
+    bytes_ = (image * 255).to(torch.uint8)
+    scores = [torch.randn(3, 4), torch.randn(5), torch.randn(0)]
+    return {
+        "masked_conv2d": [
+            ((x, w, m, bias, *CONV), {}),
+            ((x_last, w, float_mask, None, *CONV), {}),
+            ((x, w_last, m, bias, *CONV), {}),
+            ((half, w, m, bias, *CONV), {}),
+            ((empty, w, float_mask, bias, *CONV), {}),
+        ],
+        "masked_conv2d_bwd_input": [
+            ((up, w.detach(), m, [2, 4, 7, 6], False, *CONV), {}),
+            ((up_last, w.detach(), float_mask.detach(), [2, 4, 7, 6], True, *CONV), {}),
+            ((up[:0], w.detach(), m, [0, 4, 7, 6], True, *CONV), {}),
+        ],
+        "masked_conv2d_bwd_weight": [
+            ((up, x.detach(), w.detach(), m, *CONV, [True, False]), {}),
+            ((up, x.detach(), w.detach(), float_mask.detach(), *CONV, [False, True]), {}),
+            ((up_last, x_last.detach(), w_last.detach(), m.float(), *CONV, [True, True]), {}),
+        ],
+        "prepare_weight": [
+            ((w, m, torch.float32, False), {}),
+            ((w_last, m, torch.bfloat16, True), {}),
+            ((w, float_mask, torch.float32, True), {}),
+            ((bw, m[0, 0, :1, :1], torch.float16, False), {}),
+        ],
+        "block_matmul": [
+            ((bx, bw, blocks, [2, 3]), {}),
+            ((bx[0, 0], bw, float_blocks, [2, 3]), {}),
+            ((bx.transpose(0, 1), bw, float_blocks, [2, 3]), {}),
+        ],
+        "block_matmul_bwd_input": [((randn(2, 5, 4), bw.detach(), blocks, [2, 3]), {})],
+        "block_matmul_bwd_weight": [
+            ((randn(2, 5, 4), bx.detach(), bw.detach(), blocks, [2, 3], [True, False]), {}),
+            ((randn(2, 5, 4), bx.detach(), bw.detach(), blocks.float(), [2, 3], [True, True]), {}),
+        ],
+        "topk_mask": [((scores, [3, 5, 0]), {})],
+        "topk_mask_global": [((scores, 9), {})],
+        "pgd_step": [
+            ((image, randn(2, 3, 4, 5), image), LINF | STEP),
+            ((image_last, randn(2, 3, 4, 5).bfloat16(), bytes_), L2 | STEP),
+        ],
+        "pgd_init": [
+            ((image,), LINF | {"seed": 3}),
+            ((bytes_,), LINF | {"seed": 3}),
+            ((image_last,), L2 | {"seed": 2**40}),
+        ],
+    }
+
+
+LAST = torch.channels_last
+SAMPLES = [(name, i) for name, calls in samples().items() for i in range(len(calls))]
+
+
+def test_every_operator_has_a_sample():
+    assert set(samples()) == set(ops)
+
+
+@pytest.mark.parametrize("backend_name", ["reference", "cpu"])
+@pytest.mark.parametrize(("name", "index"), SAMPLES, ids=lambda value: str(value))
+def test_opcheck(name, index, backend_name):
+    args, kwargs = samples()[name][index]
+    with forced(backend_name):
+        torch.library.opcheck(ops[name].overload, args, kwargs)
