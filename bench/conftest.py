@@ -1,6 +1,6 @@
 """What the benchmarks share: the machine in every record, and how a result is written down.
 
-    pytest bench --benchmark-json=bench/results/<machine>/<op>.json
+pytest bench --benchmark-json=bench/results/<machine>/<op>.json
 """
 
 from __future__ import annotations

@@ -88,10 +88,10 @@ class Ticket:
     def save(self, path: str | Path) -> str:
         """Write the ticket atomically as safetensors and return its SHA-256."""
         tensors = {name: _pack(mask) for name, mask in self.masks.items()}
-        layout = {
-            name: {"mask": list(mask.shape), "weight": list(self.shapes[name])}
+        layout = [  # a list, because JSON's objects come back sorted and layers have an order
+            {"layer": name, "mask": list(mask.shape), "weight": list(self.shapes[name])}
             for name, mask in self.masks.items()
-        }
+        ]
         meta = {
             **{key: value for key, value in self.meta.items() if key != "sha256"},
             "granularity": self.granularity,
@@ -107,8 +107,8 @@ class Ticket:
         layout = meta.pop("layout")
         for name in ("kind", "format", "actual_sparsity"):
             meta.pop(name)
-        masks = {n: _unpack(tensors[n], shapes["mask"]) for n, shapes in layout.items()}
-        weights = {n: tuple(shapes["weight"]) for n, shapes in layout.items()}
+        masks = {of["layer"]: _unpack(tensors[of["layer"]], of["mask"]) for of in layout}
+        weights = {of["layer"]: tuple(of["weight"]) for of in layout}
         return cls(masks, weights, {**meta, "sha256": sha256})
 
     def apply(self, model: nn.Module) -> nn.Module:

@@ -302,6 +302,8 @@ BAD = {
         "evaluate --out o --checkpoint net --attack.bn_mode train",
         ["attack.bn_mode: expected eval"],
     ),
+    "demo_without_jobs": ("demo --out o --jobs 0", ["jobs: expected at least 1", "got 0"]),
+    "demo_below_a_file": ("demo --out file/demo", ["cannot write file/demo", "with --out"]),
     "demo_without_seeds": ("demo --out o --seeds 0", ["at least 1 seed, got 0"]),
     "report_of_nothing": ("report nowhere", ["nowhere is no folder"]),
     "report_without_results": ("report empty", ["no result.json under empty", "rtk evaluate"]),

@@ -217,3 +217,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RtkError, match="cannot write"):
         draw("element").save(tmp_path / "file" / "ticket")
+
+
+def test_layers_keep_their_order(tmp_path):
+    masks = {name: torch.rand(2, 3) > 0.5 for name in ("z", "a", "m")}
+    Ticket(masks).save(tmp_path / "t")
+    assert list(Ticket.load(tmp_path / "t").masks) == ["z", "a", "m"]

@@ -24,6 +24,9 @@ def _swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
             setattr(model.get_submodule(parent), child, new[module])
 
 
+_REPLACED_FORWARDS = {layer.forward for layer in (nn.Conv2d, nn.Linear, MaskedConv2d, MaskedLinear)}
+
+
 def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
     """Swap the layers that `ticket` prunes for masked ones, in place, and return `model`.
 
@@ -42,6 +45,11 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
             raise RtkError(
                 f"the ticket masks layer {name!r}, which the model has not as a Conv2d or Linear"
                 f"{did_you_mean(name, modules)}; is the ticket for another architecture?"
+            )
+        if type(module).forward not in _REPLACED_FORWARDS:
+            raise RtkError(
+                f"layer {name!r} is a {type(module).__name__} with a forward of its own, which a "
+                "masked layer would replace; swap it for a plain Conv2d or Linear first"
             )
         if not isinstance(module.weight, nn.Parameter):
             raise RtkError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _pytree
 
@@ -130,6 +131,8 @@ class Op:
         )
 
         def kernel(*args: Any) -> Any:
+            if forward_ad._current_level >= 0:  # tangents would be dropped without a word
+                raise RtkError(f"{self.name}: there is no forward-mode derivative; use backward")
             if not torch.is_grad_enabled() or not any(
                 isinstance(a, Tensor) and a.requires_grad for a in args
             ):
@@ -141,9 +144,13 @@ class Op:
 
         library.impl(self.name, kernel, "Autograd")
 
-    def below_autograd(self, *args: Any) -> Any:
+    def no_gradient(self) -> None:
+        """Give results that do not require grad, whatever the arguments do."""
+        library.impl(self.name, self.below_autograd, "Autograd")
+
+    def below_autograd(self, *args: Any, **kwargs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*args)
+            return self.overload(*args, **kwargs)
 
     def autocast_first_argument(self) -> None:
         """Under autocast, cast the first argument (the activations) and nothing else.

@@ -18,6 +18,7 @@ from rtk.errors import check_choice
 from rtk.ops import _compiled
 from rtk.ops._registry import Op, require
 from rtk.ops.prepare_weight import (
+    FLOATS,
     apply_mask,
     check_mask,
     mask_gradient,
@@ -140,6 +141,7 @@ def _check(
     groups: int,
 ) -> None:
     _check_conv(input.shape, weight, mask, stride, padding, dilation, groups)
+    require(weight.dtype in FLOATS, "masked_conv2d: weight must be floating, got %s", weight.dtype)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue

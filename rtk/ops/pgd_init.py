@@ -43,7 +43,7 @@ def pgd_init(
         seed: 0 <= seed < 2**63; the same seed gives the same start.
 
     Returns:
-        A new tensor in x's dtype and memory format (fp32 for uint8).
+        A new tensor in x's dtype and memory format (fp32 for uint8). It does not require grad.
 
     Raises:
         RtkError: if eps is negative, the norm unknown, the seed out of range.
@@ -71,6 +71,7 @@ _op = Op(
     _check,
     _empty,
 )
+_op.no_gradient()
 
 
 def _why_not_cpu(x: Tensor, **_: object) -> str | None:

@@ -41,6 +41,7 @@ def pgd_step(
 
     Returns:
         A new tensor like `x_adv`, channels_last where it is; computed in fp32 (fp64 for fp64).
+        It does not require grad.
 
     Raises:
         RtkError: if shapes, devices or dtypes do not fit, or eps or step_size is negative.
@@ -127,6 +128,7 @@ _op = Op(
     _check,
     _empty,
 )
+_op.no_gradient()
 
 
 def _why_not_cpu(x_adv: Tensor, grad: Tensor, x: Tensor, **_: object) -> str | None:

@@ -78,7 +78,8 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def mask_gradient(grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """Return the mask's gradient, sum over the broadcast dimensions of grad * weight."""
-    return sum_to(grad.to(weight.dtype) * weight, mask.shape).to(mask.dtype)
+    exact = torch.promote_types(weight.dtype, mask.dtype)
+    return sum_to(grad.to(exact) * weight, mask.shape).to(mask.dtype)
 
 
 def _format(channels_last: bool) -> torch.memory_format:

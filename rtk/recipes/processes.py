@@ -44,7 +44,13 @@ def run_in_processes(
         Interrupted: on Ctrl-C, likewise.
     """
     context = multiprocessing.get_context("spawn")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+    except OSError as error:
+        raise RtkError(
+            f"cannot write {log} ({error.strerror}); choose a folder you can write with --out"
+        ) from error
     workers: dict[Any, Any] = {}
     parent_lives = []
     for _ in range(jobs):

@@ -11,6 +11,7 @@ from typing import Any
 
 from rtk import draw, evaluate, pretrain, report, transfer
 from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, StageConfig, TransferConfig
+from rtk.errors import RtkError
 from rtk.recipes.processes import run_in_processes
 
 STAGES: dict[type[StageConfig], Callable[[Any], Path]] = {
@@ -54,9 +55,11 @@ def run(recipe: Recipe, jobs: int = 1) -> Path:
             print is in the folder's log.txt.
 
     Raises:
-        RtkError: from a stage.
+        RtkError: from a stage, or for less than one job.
         Interrupted: on Ctrl-C.
     """
+    if jobs < 1:
+        raise RtkError(f"jobs: expected at least 1 stage at a time, got {jobs}")
     count = itertools.count(1)
 
     def started(stage: StageConfig) -> None:

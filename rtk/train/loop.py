@@ -106,7 +106,7 @@ def train(
         return model
 
     def save(**now: Any) -> None:
-        # A finished run has nothing to go on with: half the file, for whoever only needs the weights.
+        # A finished run has nothing to go on with: half the file, and only weights are read of it.
         state = None if now["finished"] else optimizer
         save_checkpoint(path, model, state, {**meta, "progress": now})
 

@@ -99,12 +99,14 @@ def test_eval_mode_attack_leaves_the_model_as_it_was(model, batch, mode):
     if mode == "mixed":
         model.layer1.eval()
         model.bn1.eval()
+        model.layer4.requires_grad_(False)
     state, modes = snapshot(model), flags(model)
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
     PGD(steps=2)(model, *batch)
     assert same_state(model, state)
     assert flags(model) == modes
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
 
 
 def test_gradients_that_are_there_stay(model, batch):
@@ -134,6 +136,7 @@ def test_modes_come_back_after_an_error(model, batch):
     with pytest.raises(RtkError, match="labels"):
         PGD(steps=1)(model, x, y + 100)
     assert flags(model) == modes
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_random_start_follows_torchs_generator(model, batch):

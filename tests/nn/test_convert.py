@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -51,10 +52,10 @@ def test_resnet18_is_masked_and_folded(network):
     ticket.masks["fc"] = torch.rand(7, 512) < 0.5
     ticket = Ticket(ticket.masks)
     keys = list(network.state_dict())
-    parameters = {name: p for name, p in network.named_parameters()}
+    parameters = dict(network.named_parameters())
     assert mask_model(network, ticket) is network
     assert [k for k in network.state_dict() if not k.endswith(".mask")] == keys
-    assert {name: p for name, p in network.named_parameters()} == parameters
+    assert dict(network.named_parameters()) == parameters
     assert type(network.conv1) is nn.Conv2d
     assert type(network.layer1[0].conv1) is MaskedConv2d
     assert type(network.fc) is MaskedLinear
@@ -172,3 +173,16 @@ def test_a_masked_model_exports_with_any_batch_size(tmp_path):
     torch.testing.assert_close(loaded(x), model(x))
     calls = [n.target for n in program.graph.nodes if "masked_conv2d" in str(n.target)]
     assert calls == [torch.ops.rtk.masked_conv2d.default] * 2
+
+
+class _Standardised(nn.Conv2d):
+    def forward(self, input):
+        return F.conv2d(input, self.weight - self.weight.mean(), self.bias)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused_and_nothing_changes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), _Standardised(4, 4, 1))
+    ticket = Ticket({n: torch.rand_like(model[int(n)].weight) > 0.5 for n in "01"})
+    with pytest.raises(RtkError, match=r"_Standardised.*forward of its own"):
+        mask_model(model, ticket)
+    assert type(model[0]) is nn.Conv2d and type(model[1]) is _Standardised

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rtk import ops
+from rtk.errors import RtkError
 
 G = torch.Generator().manual_seed(0)
 X, W = torch.rand(3, 2, 4, 6, 5, generator=G), torch.randn(3, 6, 4, 3, 3, generator=G)
@@ -106,3 +107,9 @@ def test_grad_of_a_block_product_and_of_a_prepared_weight():
     wanted = torch.func.grad(lambda w: (ROWS @ (w * mask).t()).square().sum())(LINEAR[0])
     torch.testing.assert_close(torch.func.grad(blocks)(LINEAR[0]), wanted)
     torch.testing.assert_close(torch.func.grad(prepared)(LINEAR[0]), wanted)
+
+
+def test_forward_mode_is_refused_rather_than_wrong():
+    x, w = torch.randn(1, 2, 3, 3), torch.randn(2, 2, 1, 1)
+    with pytest.raises(RtkError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.masked_conv2d(x, w, w > 0), (x,), (x,))

@@ -54,6 +54,15 @@ def test_the_gradient_of_an_fp32_bias_is_summed_in_fp32(backend, device):
     assert given["bias"].grad.tolist() == [33.0 * 31.0] * 6, "1023 is no bfloat16"
 
 
+def test_a_second_derivative_is_refused():
+    given = tensors("cpu")
+    weight = given["weight"].requires_grad_()
+    loss = masked_conv2d(**given).square().sum()
+    (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize(
     "mask",
     [(3, 2, 2, 3), (3, 2, 2, 1), (3, 2, 1, 1), (3, 1, 1, 1), (2, 2, 3), (1, 2, 1, 3), (3,), ()],

@@ -80,10 +80,11 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
         "topk_mask_global": [((scores, 9), {})],
         "pgd_step": [
             ((image, randn(2, 3, 4, 5), image), LINF | STEP),
+            ((image.clone().requires_grad_(), randn(2, 3, 4, 5), image), LINF | STEP),
             ((image_last, randn(2, 3, 4, 5).bfloat16(), bytes_), L2 | STEP),
         ],
         "pgd_init": [
-            ((image,), LINF | {"seed": 3}),
+            ((image.clone().requires_grad_(),), LINF | {"seed": 3}),
             ((bytes_,), LINF | {"seed": 3}),
             ((image_last,), L2 | {"seed": 2**40}),
         ],

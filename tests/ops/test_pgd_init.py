@@ -161,6 +161,12 @@ def test_the_cpu_backend_refuses_what_the_reference_takes(dtype):
         pgd_init(x, eps=0.3, seed=9)
 
 
+def test_the_start_requires_no_gradient(backend, device):
+    out = pgd_init(torch.rand(2, 3, 4, 4, device=device, requires_grad=True), eps=0.1, seed=0)
+    assert out.is_leaf
+    assert not out.requires_grad
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0)], ids=str)
 def test_no_pixels(shape, norm, backend, device):

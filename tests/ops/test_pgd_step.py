@@ -185,6 +185,13 @@ def test_every_layout(adv_layout, grad_layout, x_layout, backend, device):
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an input changed"
 
 
+def test_the_step_requires_no_gradient(backend, device):
+    x_adv, grad, x = images(device)
+    out = pgd_step(x_adv.requires_grad_(), grad, x.requires_grad_(), eps=EPS, step_size=STEP)
+    assert out.is_leaf
+    assert not out.requires_grad
+
+
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("shape", [(4, 5), (3, 2, 5), (2, 3, 2, 2, 5), (0, 3, 4, 4), (2, 0)])
 def test_every_number_of_dimensions(shape, norm, backend, device):

@@ -3,7 +3,9 @@
 Reads lines of JSON and answers each with the exit status of a process that runs the recipe in
 "folder". With "kill_at": n it sends itself SIGKILL at its n-th atomic write, before or ("after")
 behind it. With "watch": FILE and "changes": n it is sent SIGKILL once that file has changed n
-times: wherever it happens to be. Importing once and forking makes many kills affordable.
+times: wherever it happens to be. With "jobs": n it runs the stages in n processes of their own,
+and with "ctrl_c" it and they are sent SIGINT, as from a terminal, instead of SIGKILL. Importing
+once and forking makes many kills affordable.
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -26,11 +29,13 @@ from rtk.config import (
     TrainConfig,
     TransferConfig,
 )
+from rtk.errors import Interrupted
 from rtk.recipes import Recipe
 
 # A checkpoint after each step: the more writes, the more places to die in.
 TRAIN = TrainConfig(epochs=2, batch_size=96, lr=0.05, checkpoint_seconds=0.0, eval_every=1)
 ATTACK = AttackConfig("pgd", eps=0.1, steps=1)
+MACHINE = {"device": "cpu", "threads": 1}
 
 ROAD = Recipe(
     title="shrunk",
@@ -39,20 +44,22 @@ ROAD = Recipe(
     stages=(
         PretrainConfig(
             out="pretrained",
+            **MACHINE,
             data=DataConfig("digits[0-1]"),
             model=ModelConfig(width=0.0625),
             train=TRAIN,
             attack=ATTACK,
         ),
-        DrawConfig(out="ticket", checkpoint="pretrained"),
+        DrawConfig(out="ticket", **MACHINE, checkpoint="pretrained"),
         TransferConfig(
             out="transferred",
+            **MACHINE,
             checkpoint="pretrained",
             ticket="ticket",
             data=DataConfig("digits[2-3]"),
             train=TRAIN,
         ),
-        EvaluateConfig(out="evaluated", checkpoint="transferred", attack=ATTACK),
+        EvaluateConfig(out="evaluated", **MACHINE, checkpoint="transferred", attack=ATTACK),
     ),
 )
 
@@ -78,23 +85,24 @@ def stamp(path):
         return None
 
 
-def kill_after_changes(child, path, changes):
+def wait_for_changes(path, changes):
     seen = stamp(path)
     while changes:
         time.sleep(0.0005)
         if stamp(path) != seen:
             seen = stamp(path)
             changes -= 1
-    os.kill(child, signal.SIGKILL)
 
 
 def run(job):
+    os.setsid()  # a process group of its own
+    os.environ["SHRUNK_ROAD"] = job["folder"]  # by which a test finds processes left behind
     os.makedirs(job["folder"], exist_ok=True)
     os.chdir(job["folder"])  # so that paths, and with them hashes, are the same in every folder
     if "kill_at" in job:
         die_at_write(job["kill_at"], job["after"])
-    if job.get("report"):
-        recipes.run(ROAD)
+    if "jobs" in job:
+        recipes.run(ROAD, job["jobs"])
     else:
         for stage in ROAD.stages:
             recipes.STAGES[type(stage)](stage)
@@ -109,12 +117,18 @@ def main():
         if child == 0:
             try:
                 run(job)
-            except BaseException as error:
-                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            except Interrupted:
+                os._exit(130)
+            except BaseException:
+                traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         if "watch" in job:
-            kill_after_changes(child, Path(job["folder"], job["watch"]), job["changes"])
+            wait_for_changes(Path(job["folder"], job["watch"]), job["changes"])
+            if job.get("ctrl_c"):
+                os.killpg(child, signal.SIGINT)
+            else:
+                os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -5,6 +5,7 @@ import pytest
 from rtk import draw, evaluate, pretrain, recipes, transfer
 from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, TransferConfig
 from rtk.errors import RtkError
+from rtk.recipes.demo import SPARSITIES
 
 
 def of(recipe, kind):
@@ -14,11 +15,12 @@ def of(recipe, kind):
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_demo_has_every_stage_for_every_seed(seeds):
     recipe = recipes.demo("runs/demo", seeds)
-    # Natural and robust; dense and four sparsities, each finetuned and linear.
+    # Natural and robust; dense and some sparsities, each finetuned and linear.
+    tickets = len(SPARSITIES)
     assert len(of(recipe, PretrainConfig)) == 2 * seeds
-    assert len(of(recipe, DrawConfig)) == 2 * 4 * seeds
-    assert len(of(recipe, TransferConfig)) == 2 * 5 * 2 * seeds
-    assert len(of(recipe, EvaluateConfig)) == 2 * 5 * 2 * seeds
+    assert len(of(recipe, DrawConfig)) == 2 * tickets * seeds
+    assert len(of(recipe, TransferConfig)) == 2 * (tickets + 1) * 2 * seeds
+    assert len(of(recipe, EvaluateConfig)) == 2 * (tickets + 1) * 2 * seeds
     assert {stage.seed for stage in recipe.stages} == set(range(seeds))
 
 
@@ -45,8 +47,14 @@ def test_source_and_target_share_no_class():
     assert {stage.data.name for stage in of(recipe, PretrainConfig)} == {"digits[0-4]"}
     assert {stage.data.name for stage in of(recipe, TransferConfig)} == {"digits[5-9]"}
     assert {stage.attack.name for stage in of(recipe, PretrainConfig)} == {"none", "pgd"}
+
+
+def test_the_evaluation_attacks_with_the_radius_of_pretraining_and_more_steps():
+    recipe = recipes.demo()
+    (training,) = {s.attack for s in of(recipe, PretrainConfig) if s.attack.name == "pgd"}
     (attack,) = {stage.attack for stage in of(recipe, EvaluateConfig)}
-    assert (attack.eps, attack.steps, attack.resolved_step_size) == (0.1, 20, 0.025)
+    assert (attack.name, attack.norm, attack.eps) == ("pgd", training.norm, training.eps)
+    assert attack.steps > training.steps and attack.resolved_step_size == attack.eps / 4
 
 
 @pytest.mark.parametrize("seeds", [0, -1])

@@ -115,12 +115,50 @@ def test_killed_from_outside(road, undisturbed, tmp_path, watch, changes):
 
 def test_a_recipe_killed_in_its_report_ends_in_the_same_report(road, tmp_path):
     folder, whole = tmp_path / "killed", tmp_path / "whole"
-    assert road(whole, report=True) == 0
-    assert road(folder, report=True, watch="results.csv", changes=1) == KILLED
-    assert road(folder, report=True) == 0
+    assert road(whole, jobs=1) == 0
+    assert road(folder, jobs=1, watch="results.csv", changes=1) == KILLED
+    assert road(folder, jobs=1) == 0
     assert_same(folder, whole)
     assert (folder / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
     assert (folder / "report.html").exists()
+
+
+def left_behind(folder):
+    """Return the ids of a road's processes that still run, once they had time to end."""
+    deadline = time.monotonic() + 30
+    while (found := running(folder)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
+
+
+def running(folder):
+    mark, found = f"SHRUNK_ROAD={folder}".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(process.name)
+        except OSError:  # it has ended, or is not ours
+            pass
+    return found
+
+
+def test_worker_processes_end_with_a_parent_that_is_killed(road, undisturbed, tmp_path):
+    assert road(tmp_path, jobs=2, watch="pretrained/checkpoint.safetensors", changes=2) == KILLED
+    assert left_behind(tmp_path) == []
+    assert road(tmp_path) == 0
+    assert_same(tmp_path, undisturbed)
+
+
+def test_worker_processes_save_on_ctrl_c(road, undisturbed, tmp_path):
+    """SIGINT comes to all of them from the terminal, and SIGTERM to the workers from above."""
+    watch = "pretrained/checkpoint.safetensors"
+    assert road(tmp_path, jobs=2, watch=watch, changes=1, ctrl_c=True) == 130
+    assert left_behind(tmp_path) == []
+    progress = Checkpoint.load(tmp_path / "pretrained").meta["progress"]
+    assert not progress["finished"] and (progress["epoch"], progress["step"]) > (0, 1)
+    assert (tmp_path / "log.txt").exists()
+    assert road(tmp_path) == 0
+    assert_same(tmp_path, undisturbed)
 
 
 def test_a_finished_road_is_left_as_it_is(road, undisturbed):

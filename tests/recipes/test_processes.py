@@ -1,0 +1,115 @@
+"""Several stages at a time: their order and their errors. Real processes are in test_kill.py."""
+
+import itertools
+import threading
+import time
+from multiprocessing import Pipe
+
+import pytest
+
+from rtk import recipes
+from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, TransferConfig
+from rtk.errors import Interrupted, RtkError
+from rtk.recipes import Recipe
+from rtk.recipes.processes import _attempt, _schedule
+
+CHAIN = (
+    PretrainConfig(out="net"),
+    DrawConfig(out="one", checkpoint="net"),
+    DrawConfig(out="two", checkpoint="net"),
+    TransferConfig(out="t-one", checkpoint="net", ticket="one"),
+    TransferConfig(out="t-two", checkpoint="net", ticket="two"),
+    EvaluateConfig(out="e-one", checkpoint="t-one"),
+)
+
+
+class Workers:
+    """Threads in the place of worker processes; they note when a stage begins and ends."""
+
+    def __init__(self, count, runner):
+        self.events, self.lock, self.runner = [], threading.Lock(), runner
+        self.pipes = {}
+        for _ in range(count):
+            ours, theirs = Pipe()
+            self.pipes[ours] = self
+            threading.Thread(target=self._work, args=(theirs,), daemon=True).start()
+        self.terminated = threading.Event()
+
+    def _note(self, what, stage):
+        with self.lock:
+            self.events.append((what, stage.out))
+
+    def _work(self, pipe):
+        while True:
+            stage = pipe.recv()
+            self._note("begin", stage)
+            if self.runner == "dies":
+                pipe.close()
+                return
+            error = _attempt(self.runner, stage)
+            self._note("end", stage)
+            pipe.send(error)
+
+    def terminate(self):
+        self.terminated.set()
+
+    def run(self, stages=CHAIN):
+        started = []
+        try:
+            _schedule(list(stages), self.pipes, started.append)
+        finally:
+            self.started = [stage.out for stage in started]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_stage_begins_when_what_it_reads_is_made(count):
+    workers = Workers(count, lambda stage: time.sleep(0.01))
+    workers.run()
+    position = {event: i for i, event in enumerate(workers.events)}
+    assert len(workers.events) == 2 * len(CHAIN)
+    for stage in CHAIN:
+        for made in (getattr(stage, "checkpoint", None), getattr(stage, "ticket", None)):
+            if made is not None:
+                assert position["end", made] < position["begin", stage.out]
+    steps = itertools.accumulate(1 if what == "begin" else -1 for what, _ in workers.events)
+    assert max(steps) == min(count, 2)  # the recipe is two stages wide
+    assert not workers.terminated.is_set()
+
+
+def test_one_worker_keeps_the_order_of_the_recipe():
+    workers = Workers(1, lambda stage: None)
+    workers.run()
+    assert workers.started == [stage.out for stage in CHAIN]
+
+
+def test_an_error_ends_it_and_stops_the_others():
+    def runner(stage):
+        if stage.out == "one":
+            raise RtkError("one is bad")
+        if stage.out == "two":
+            assert workers.terminated.wait(10)  # stopped while it is busy
+            raise Interrupted("two has saved")
+
+    workers = Workers(2, runner)
+    with pytest.raises(RtkError, match="one is bad"):
+        workers.run()
+    assert set(workers.started) == {"net", "one", "two"}
+
+
+def test_an_error_in_the_code_comes_with_its_traceback():
+    def runner(stage):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(RuntimeError, match=r"(?s)in net:\nTraceback.*ZeroDivisionError: a bug"):
+        Workers(2, runner).run()
+
+
+def test_a_worker_that_is_killed_is_an_error():
+    with pytest.raises(RtkError, match=r"ran net was killed \(out of memory\?\); the same command"):
+        Workers(2, "dies").run()
+
+
+def test_less_than_one_job_is_refused(tmp_path):
+    for jobs in (0, -1):
+        with pytest.raises(RtkError, match=f"at least 1 stage at a time, got {jobs}"):
+            recipes.run(Recipe("", "", tmp_path, ()), jobs)
