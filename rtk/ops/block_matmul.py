@@ -171,11 +171,16 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-@_op.implementation("cpu", _why_not_cpu)
-def _cpu(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
-    out = _empty(x, weight)
+def _multiply_cpu(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    out: Tensor,
+) -> Tensor:
     x, weight, blocks = _rows(x), weight.contiguous(), block_mask.float().contiguous()
-    _compiled._C.block_matmul_cpu(
+    getattr(_compiled._C, function)(
         x.data_ptr(),
         weight.data_ptr(),
         blocks.data_ptr(),
@@ -188,23 +193,18 @@ def _cpu(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int
     return out
 
 
+@_op.implementation("cpu", _why_not_cpu)
+def _cpu(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
+    out = _empty(x, weight)
+    return _multiply_cpu("block_matmul_cpu", x, weight, block_mask, block_size, out)
+
+
 @_op_bwd_input.implementation("cpu", _why_not_cpu)
 def _bwd_input_cpu(
     grad: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
 ) -> Tensor:
     out = _empty_bwd_input(grad, weight)
-    grad, weight, blocks = _rows(grad), weight.contiguous(), block_mask.float().contiguous()
-    _compiled._C.block_matmul_bwd_input_cpu(
-        grad.data_ptr(),
-        weight.data_ptr(),
-        blocks.data_ptr(),
-        out.data_ptr(),
-        grad.shape[0],
-        *weight.shape,
-        *block_size,
-        torch.get_num_threads(),
-    )
-    return out
+    return _multiply_cpu("block_matmul_bwd_input_cpu", grad, weight, block_mask, block_size, out)
 
 
 @_op_bwd_weight.implementation("cpu", _why_not_cpu)
