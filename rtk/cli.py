@@ -77,7 +77,8 @@ def _plain(message: str) -> str:
     group = re.match(r'Parser key "(\w+)": Unable to load config [\'"]?([^\'"]*)', message)
     if group:
         return f"--{group[1]}: {group[2]!r} is no YAML file; single values are --{group[1]}.NAME"
-    return message
+    # A positional of a sub-command is called by both names.
+    return re.sub(r"(arguments are required: )\w+\.", r"\1", message)
 
 
 def _parser() -> Parser:
