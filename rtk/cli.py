@@ -170,9 +170,23 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"rtk: warning: {message}", file=sys.stderr)
 
 
+def _as_parsed(argv: Sequence[str]) -> list[str]:
+    """Return the arguments as the parser takes them: 8/255 as a number, --data-root as a field."""
+    words: list[str] = []
+    for word in argv:
+        word = re.sub(r"^--data-root(?==|$)", "--data.root", word)
+        option = word if "=" in word else f"{words[-1] if words else ''}={word}"
+        fraction = re.search(r"(?:eps|step_size)=([\d.]+)/([\d.]+)$", option)
+        if fraction and float(fraction[2]) > 0:
+            value = repr(float(fraction[1]) / float(fraction[2]))
+            word = word.removesuffix(f"{fraction[1]}/{fraction[2]}") + value
+        words.append(word)
+    return words
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for bad input, 130 for an interrupted run."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _as_parsed(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
         with warnings.catch_warnings():

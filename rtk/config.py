@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from rtk.errors import RtkError, check_choice, did_you_mean
-from rtk.runs import atomic_write
+from rtk.runs import atomic_write, lock_folder
 
 GRANULARITIES = ("element", "row", "kernel", "channel")
 SCOPES = ("global", "layer")
@@ -177,7 +177,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "train.epochs", "a number of epochs >= 0", self.epochs)
-        _require(self.batch_size > 0, "train.batch_size", "at least 1 image", self.batch_size)
+        _require(
+            self.batch_size > 1,
+            "train.batch_size",
+            "at least 2 images, which batch norm needs",
+            self.batch_size,
+        )
         _require(self.lr >= 0, "train.lr", "a learning rate >= 0", self.lr)
         _require(0 <= self.momentum < 1, "train.momentum", "a value in [0, 1)", self.momentum)
         _require(self.weight_decay >= 0, "train.weight_decay", "a value >= 0", self.weight_decay)
@@ -407,9 +412,10 @@ def claim_folder(config: StageConfig) -> Path:
     """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
 
     Without `resume` the folder is taken over: the stage makes everything anew. Raises RtkError
-    where it holds a run with other settings, naming them.
+    where it holds a run with other settings, naming them, or another process works in it.
     """
     folder = Path(config.out)
+    lock_folder(folder)
     path = folder / "config.yaml"
     if path.exists() and config.resume:
         theirs = _flatten(_identity(_read_config(config, path)))

@@ -7,9 +7,11 @@ with the same configuration goes on where it was; another configuration is refus
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,55 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is where a folder is needed" if in_the_way else error.strerror
-        raise RtkError(
-            f"cannot write {path} ({reason}); choose a folder you can write with --out"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+_locks: dict[Path, int] = {}  # of this process: folder -> open file that holds the lock
+
+
+def lock_folder(folder: Path, patience: float = 3.0) -> None:
+    """Make this process the only one that works in `folder`, until it ends.
+
+    Half-written files of a process that was killed are removed.
+
+    Args:
+        folder: made if need be.
+        patience: seconds to wait for another process, e.g. one that was just killed.
+
+    Raises:
+        RtkError: if the folder cannot be written, or another process keeps it.
+    """
+    key = folder.resolve()
+    if key in _locks:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise RtkError(
+                    f"another process works in {folder}; wait for it, or choose another --out"
+                ) from error
+            time.sleep(0.05)
+        except OSError:  # a file system without locks: then there is none to respect
+            break
+    _locks[key] = handle
+    for leftover in folder.glob(".*.safetensors.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> RtkError:
+    in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+    reason = "a file is where a folder is needed" if in_the_way else error.strerror
+    return RtkError(f"cannot write {path} ({reason}); choose a folder you can write with --out")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -569,3 +569,18 @@ def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
     monkeypatch.setitem(cli._COMMANDS, "doctor", bug)
     with pytest.raises(ZeroDivisionError):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    ("words", "parsed"),
+    [
+        (["--attack.eps", "8/255"], ["--attack.eps", repr(8 / 255)]),
+        (["--attack.eps=8/255"], ["--attack.eps=" + repr(8 / 255)]),
+        (["--attack.step_size", "2/255"], ["--attack.step_size", repr(2 / 255)]),
+        (["--attack.eps", "8/0"], ["--attack.eps", "8/0"]),
+        (["--out", "8/255"], ["--out", "8/255"]),
+        (["--data-root", "d", "--data-root=e"], ["--data.root", "d", "--data.root=e"]),
+    ],
+)
+def test_fractions_and_the_data_root_are_taken_as_people_type_them(words, parsed):
+    assert cli._as_parsed(words) == parsed

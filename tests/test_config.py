@@ -47,7 +47,7 @@ PRETRAIN = PretrainConfig(
         (AttackConfig, {"step_size": -1.0}, r"attack\.step_size: expected a length >= 0"),
         (AttackConfig, {"steps": -1}, r"attack\.steps: expected a number of steps >= 0, got -1"),
         (TrainConfig, {"epochs": -1}, r"train\.epochs: expected a number of epochs >= 0"),
-        (TrainConfig, {"batch_size": 0}, r"train\.batch_size: expected at least 1 image, got 0"),
+        (TrainConfig, {"batch_size": 1}, r"train\.batch_size: expected at least 2 images.* got 1"),
         (TrainConfig, {"lr": -0.1}, r"train\.lr: expected a learning rate >= 0"),
         (TrainConfig, {"lr": NAN}, r"train\.lr"),
         (TrainConfig, {"momentum": 1.0}, r"train\.momentum: expected a value in \[0, 1\)"),

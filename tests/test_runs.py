@@ -1,12 +1,14 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rtk.errors import RtkError, check_choice, did_you_mean
 from rtk.registry import Registry
-from rtk.runs import JsonlLog, atomic_write, find_artefact, read_json, write_json
+from rtk.runs import JsonlLog, atomic_write, find_artefact, lock_folder, read_json, write_json
 
 
 def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
@@ -142,3 +144,29 @@ def test_a_registry_knows_its_entries():
 def test_an_error_of_rtk_is_a_value_error():
     assert issubclass(RtkError, ValueError)
     assert json.dumps(str(RtkError("x"))) == '"x"'
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path):
+    code = (
+        "import sys, pathlib; from rtk.runs import lock_folder; "
+        "lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RtkError, match=r"another process works in .*another --out"):
+            lock_folder(tmp_path, patience=0.1)
+        other.kill()
+    lock_folder(tmp_path)
+    lock_folder(tmp_path)  # our own lock is no obstacle
+
+
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / ".checkpoint.safetensors.x1y2").write_bytes(b"half")
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"whole")
+    lock_folder(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint.safetensors"]

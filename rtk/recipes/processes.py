@@ -116,9 +116,9 @@ def _schedule(
 
 
 def _inputs(stage: StageConfig) -> list[str]:
-    """Return the folders and files that a stage reads."""
-    paths = (getattr(stage, name, None) for name in ("checkpoint", "ticket"))
-    return [path for path in paths if path]
+    """Return the folders that a stage reads, and those of the files that it reads."""
+    paths = [getattr(stage, name, None) for name in ("checkpoint", "ticket")]
+    return [folder for path in paths if path for folder in (path, str(Path(path).parent))]
 
 
 def _worker(runner: Runner, work: Connection, alive: Connection, log: Path) -> None:

@@ -39,9 +39,7 @@ def test_the_road_runs_on_a_gpu(tmp_path: Path, norm: str) -> None:
         )
     )
     draw.run(
-        DrawConfig(
-            out=folders["draw"], device="cuda", checkpoint=folders["pretrain"], sparsity=0.8
-        )
+        DrawConfig(out=folders["draw"], device="cuda", checkpoint=folders["pretrain"], sparsity=0.8)
     )
     transfer.run(
         TransferConfig(
