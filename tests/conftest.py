@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import pytest
@@ -75,13 +76,32 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tensors are small, and OpenMP's threads wait for each other on a machine that is shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with _threads(1):
+        yield
+
+
+@pytest.fixture(scope="session")
+def one_cpu_thread() -> Callable[[], AbstractContextManager[None]]:
+    """`with one_cpu_thread():` whole stages run where their bits do not depend on the machine."""
+
+    @contextmanager
+    def run() -> Iterator[None]:
+        with _threads(1), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            yield
+
+    return run
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """The command line as a user meets it, in this process: `main(argv)` and what it prints."""
 
 import dataclasses
-import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import chdir
 from pathlib import Path
 
 import docstring_parser
@@ -44,17 +43,6 @@ STAGES = {
 }
 
 
-@contextmanager
-def one_cpu_thread():
-    """On models this small more threads, or a GPU, are slower; and on a GPU bits may differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
-
-
 def make_pretrained(out, **model):
     config = PretrainConfig(
         out=out,
@@ -62,17 +50,14 @@ def make_pretrained(out, **model):
         model=ModelConfig(**{"width": 0.0625, **model}),
         train=TrainConfig(epochs=0),
     )
-    with one_cpu_thread():
-        pretrain.run(config)
+    pretrain.run(config)
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, one_cpu_thread):
     """A folder with a pretrained network, tickets of it and of others, and broken files."""
     site = tmp_path_factory.mktemp("site")
-    before = Path.cwd()
-    os.chdir(site)
-    try:
+    with one_cpu_thread(), chdir(site):
         make_pretrained("net")
         draw.run(DrawConfig(out="ticket", checkpoint="net"))
         for name, model in (
@@ -99,8 +84,6 @@ def site(tmp_path_factory):
         Path("null.yaml").write_text("train: null\n")
         Path("broken.yaml").write_text("train: [\n")
         np.savez("grey.npz", **grey())
-    finally:
-        os.chdir(before)
     return site
 
 
@@ -114,7 +97,7 @@ def grey():
 
 
 @pytest.fixture(autouse=True)
-def _inside(site, monkeypatch):
+def _inside(site, monkeypatch, one_cpu_thread):
     monkeypatch.chdir(site)
     monkeypatch.delenv("RTK_DATA", raising=False)
     with one_cpu_thread():

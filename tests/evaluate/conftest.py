@@ -1,7 +1,4 @@
-from contextlib import contextmanager
-
 import pytest
-import torch
 
 from rtk import draw, pretrain, transfer
 from rtk.config import (
@@ -14,25 +11,14 @@ from rtk.config import (
 )
 
 
-@contextmanager
-def one_cpu_thread():
-    """On models this small more threads, or a GPU, are slower; and on a GPU bits may differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
-def _one_cpu_thread():
+def _one_cpu_thread(one_cpu_thread):
     with one_cpu_thread():
         yield
 
 
 @pytest.fixture(scope="session")
-def pretrained(tmp_path_factory):
+def pretrained(tmp_path_factory, one_cpu_thread):
     """A ResNet that can tell the digits 0 and 1 apart."""
     folder = tmp_path_factory.mktemp("pretrained")
     config = PretrainConfig(
@@ -48,7 +34,7 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def transferred(pretrained, tmp_path_factory):
+def transferred(pretrained, tmp_path_factory, one_cpu_thread):
     """The same, pruned and transferred to the digits 2 and 3."""
     ticket, folder = tmp_path_factory.mktemp("ticket"), tmp_path_factory.mktemp("transferred")
     config = TransferConfig(

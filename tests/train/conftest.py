@@ -1,5 +1,3 @@
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -10,19 +8,8 @@ from rtk.data import Batches, Split
 SPEC = models.ModelSpec("resnet18", "3x3", 0.0625, 3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
-@contextmanager
-def one_cpu_thread():
-    """On models this small more threads, or a GPU, are slower; and on a GPU bits may differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
-def _one_cpu_thread():
+def _one_cpu_thread(one_cpu_thread):
     with one_cpu_thread():
         yield
 

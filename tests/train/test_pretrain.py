@@ -122,7 +122,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(tmp_path, monkeypatch, config,
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     pretrain.run(at(NATURAL, tmp_path))
     before = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
-    assert set(before) == {"config.yaml", "metrics.jsonl", CHECKPOINT}  # and no left-overs
+    assert set(before) == {".lock", "config.yaml", "metrics.jsonl", CHECKPOINT}  # no left-overs
     pretrain.run(at(NATURAL, tmp_path, device="cpu"))
     assert {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in tmp_path.iterdir()} == before
 

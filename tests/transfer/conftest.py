@@ -1,31 +1,17 @@
-from contextlib import contextmanager
-
 import pytest
-import torch
 
 from rtk import draw, pretrain
 from rtk.config import DataConfig, DrawConfig, ModelConfig, PretrainConfig, TrainConfig
 
 
-@contextmanager
-def one_cpu_thread():
-    """On models this small more threads, or a GPU, are slower; and on a GPU bits may differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
-def _one_cpu_thread():
+def _one_cpu_thread(one_cpu_thread):
     with one_cpu_thread():
         yield
 
 
 @pytest.fixture(scope="session")
-def make_pretrained(tmp_path_factory):
+def make_pretrained(tmp_path_factory, one_cpu_thread):
     """Return a function that pretrains a ResNet (by default for no epoch) and gives its folder."""
 
     def make(epochs=0, **model):
