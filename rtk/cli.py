@@ -14,6 +14,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from rtk import config as configs
 from rtk._version import __version__
 from rtk.errors import Interrupted, RtkError, did_you_mean
+from rtk.identity import from_dict
 
 STAGES: dict[str, type[configs.StageConfig]] = {
     "pretrain": configs.PretrainConfig,
@@ -155,7 +156,7 @@ def _stage(arguments: Namespace, name: str) -> None:
     values = arguments.as_dict()
     for key in ("config", "debug"):
         values.pop(key, None)
-    config = configs.from_dict(STAGES[name], values)
+    config = from_dict(STAGES[name], values)
     print(run_stage(config))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rtk import attacks, data, models
-from rtk.config import PretrainConfig, claim_folder, config_hash, to_dict
+from rtk.config import PretrainConfig
+from rtk.identity import claim_folder, config_hash, to_dict
 from rtk.train import (
     CHECKPOINT,
     accuracy,

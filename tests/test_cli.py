@@ -28,9 +28,9 @@ from rtk.config import (
     StageConfig,
     TrainConfig,
     TransferConfig,
-    from_dict,
 )
 from rtk.errors import Interrupted, RtkError
+from rtk.identity import from_dict
 from rtk.recipes import Recipe
 from rtk.train import CHECKPOINT, Checkpoint, save_checkpoint
 

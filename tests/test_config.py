@@ -13,12 +13,9 @@ from rtk.config import (
     TrainConfig,
     TransferConfig,
     check_sparsity,
-    claim_folder,
-    config_hash,
-    from_dict,
-    to_dict,
 )
 from rtk.errors import RtkError
+from rtk.identity import claim_folder, config_hash, from_dict, to_dict
 
 STAGES = (PretrainConfig, DrawConfig, TransferConfig, EvaluateConfig)
 NAN = float("nan")

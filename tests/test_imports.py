@@ -12,8 +12,8 @@ import rtk
 ROOT = Path(rtk.__file__).parent
 
 # The road, top to bottom. A file may import its own part and those below it. The leaves may be
-# imported by all and import only leaves (rtk.config reads rtk.runs).
-LEAVES = {"_version", "errors", "registry", "runs", "config", "artifact"}
+# imported by all and import only leaves (rtk.identity reads rtk.config and rtk.runs).
+LEAVES = {"_version", "errors", "registry", "runs", "config", "identity", "artifact"}
 STAGES = {"pretrain", "draw", "transfer", "evaluate", "report"}
 ALLOWED = {
     "__main__": {"cli"},

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from rtk.config import DrawConfig, claim_folder, config_hash, to_dict
+from rtk.config import DrawConfig
 from rtk.draw.granularity import group_scores, mask_shape, prunable_layers
 from rtk.draw.omp import omp
+from rtk.identity import claim_folder, config_hash, to_dict
 from rtk.registry import Registry
 from rtk.ticket import TICKET, Ticket
 from rtk.train import Checkpoint, resolve_device, seed_everything, set_threads

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rtk import attacks, data
 from rtk._version import __version__
-from rtk.config import DataConfig, EvaluateConfig, claim_folder, config_hash, from_dict
+from rtk.config import DataConfig, EvaluateConfig
 from rtk.errors import RtkError
+from rtk.identity import claim_folder, config_hash, from_dict
 from rtk.runs import read_json, write_json
 from rtk.train import Accuracy, Checkpoint, accuracy, resolve_device, seed_everything, set_threads
 

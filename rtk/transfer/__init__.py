@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from rtk import data, models
-from rtk.config import TransferConfig, claim_folder, config_hash, to_dict
+from rtk.config import TransferConfig
+from rtk.identity import claim_folder, config_hash, to_dict
 from rtk.registry import Registry
 from rtk.runs import find_artefact
 from rtk.ticket import TICKET, Ticket

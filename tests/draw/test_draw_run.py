@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from rtk import Ticket, __version__, draw
-from rtk.config import DrawConfig, config_hash, to_dict
+from rtk.config import DrawConfig
 from rtk.draw import omp
 from rtk.errors import RtkError
+from rtk.identity import config_hash, to_dict
 from rtk.train import Checkpoint, save_checkpoint
 
 

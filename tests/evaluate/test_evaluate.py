@@ -7,8 +7,9 @@ import torch
 
 from rtk import __version__, data, evaluate, report
 from rtk.attacks import PGD
-from rtk.config import AttackConfig, DataConfig, EvaluateConfig, config_hash
+from rtk.config import AttackConfig, DataConfig, EvaluateConfig
 from rtk.errors import RtkError
+from rtk.identity import config_hash
 from rtk.train import CHECKPOINT, Checkpoint, save_checkpoint, seed_everything
 
 PGD3 = AttackConfig("pgd", eps=0.1, steps=3)

@@ -155,7 +155,8 @@ def test_worker_processes_save_on_ctrl_c(road, undisturbed, tmp_path):
     assert road(tmp_path, jobs=2, watch=watch, changes=1, ctrl_c=True) == 130
     assert left_behind(tmp_path) == []
     progress = Checkpoint.load(tmp_path / "pretrained").meta["progress"]
-    assert not progress["finished"] and (progress["epoch"], progress["step"]) > (0, 1)
+    # The signal may come while the first checkpoint is being written: then that one stays.
+    assert not progress["finished"] and (progress["epoch"], progress["step"]) >= (0, 1)
     assert (tmp_path / "log.txt").exists()
     assert road(tmp_path) == 0
     assert_same(tmp_path, undisturbed)

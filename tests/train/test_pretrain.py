@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from rtk import data, pretrain
-from rtk.config import (
-    AttackConfig,
-    DataConfig,
-    ModelConfig,
-    PretrainConfig,
-    TrainConfig,
-    config_hash,
-    to_dict,
-)
+from rtk.config import AttackConfig, DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from rtk.errors import Interrupted, RtkError
+from rtk.identity import config_hash, to_dict
 from rtk.train import CHECKPOINT, Checkpoint, loop
 
 NATURAL = PretrainConfig(

@@ -10,16 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from rtk import Ticket, data, draw, models, transfer
-from rtk.config import (
-    TRANSFER_MODES,
-    DataConfig,
-    DrawConfig,
-    TrainConfig,
-    TransferConfig,
-    config_hash,
-    to_dict,
-)
+from rtk.config import TRANSFER_MODES, DataConfig, DrawConfig, TrainConfig, TransferConfig
 from rtk.errors import Interrupted, RtkError
+from rtk.identity import config_hash, to_dict
 from rtk.train import CHECKPOINT, Checkpoint, learning_rate, loop, save_checkpoint
 from rtk.transfer.task import Task
 

@@ -1,0 +1,121 @@
+"""What a run is: its configuration as a file, the hash of it, and the folder that it claims."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from rtk.config import StageConfig
+from rtk.errors import RtkError, did_you_mean
+from rtk.runs import atomic_write, lock_folder
+
+# Settings that say where or how a run is executed, not what it computes: not part of its identity.
+_NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds"}
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return `config` as plain dicts, lists and scalars, as YAML and JSON hold them.
+
+    `resume` is left out: it is of one call, and `--config config.yaml` must not start a run over.
+    """
+    values = dataclasses.asdict(config)
+    values.pop("resume", None)
+    return json.loads(json.dumps(values))  # tuples become lists, as they come back from a file
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """Build a `cls` from the dicts that `to_dict` gives; unknown keys raise an RtkError."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise RtkError(f"{cls.__name__} has no setting {name!r}{did_you_mean(name, fields)}")
+        default = fields[name].default_factory
+        if default is not dataclasses.MISSING:
+            if not isinstance(value, dict):
+                raise RtkError(f"{name}: expected settings by name, got {value!r}")
+            stages_own = default()
+            value = from_dict(type(stages_own), {**to_dict(stages_own), **value})
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _identity(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if name not in _NOT_IDENTITY
+    }
+
+
+def config_hash(config: StageConfig) -> str:
+    """Return 12 hexadecimal digits of the SHA-256 over what the run computes.
+
+    Where it runs (out, device, resume, checkpoint interval) does not count.
+    """
+    text = json.dumps([type(config).__name__, _identity(to_dict(config))], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read_config(config: StageConfig, path: Path) -> dict[str, Any]:
+    """Return the settings in the config.yaml of a folder that `config` asks for."""
+    try:
+        text = path.read_text()
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RtkError(
+            f"cannot read {path} ({reason}); choose another --out or remove the folder"
+        ) from error
+    stage = text.removeprefix("# ").split(",")[0] if text.startswith("# ") else None
+    if stage not in (None, type(config).__name__):
+        raise RtkError(
+            f"{path.parent} holds a run of another stage ({stage}, this is a "
+            f"{type(config).__name__}); choose another --out or remove the folder"
+        )
+    return values if isinstance(values, dict) else {}
+
+
+def claim_folder(config: StageConfig) -> Path:
+    """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
+
+    Without `resume` the folder is taken over: the stage makes everything anew. Raises RtkError
+    where it holds a run with other settings, naming them, or another process works in it.
+    """
+    folder = Path(config.out)
+    lock_folder(folder)
+    path = folder / "config.yaml"
+    if path.exists() and config.resume:
+        theirs = _flatten(_identity(_read_config(config, path)))
+        ours = _flatten(_identity(to_dict(config)))
+        changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if changed:
+            shown = ", ".join(
+                f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+                for name in changed[:4]
+            )
+            raise RtkError(
+                f"{folder} holds a run with other settings ({shown}); "
+                "choose another --out or remove the folder"
+            )
+    else:
+        header = f"# {type(config).__name__}, hash {config_hash(config)}\n"
+        atomic_write(path, header + yaml.safe_dump(to_dict(config), sort_keys=False))
+    return folder
