@@ -149,7 +149,7 @@ def test_unknown_augmentation():
         AUGMENTATIONS.get("crops")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ["flip", "crop", "shift", "resized_crop"])
 def test_gpu_equals_cpu(name):
     batch = images(40, 32, 32)

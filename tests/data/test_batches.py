@@ -145,7 +145,7 @@ def test_bad_arguments():
         Batches(split(), 4, augment="auto")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_batches_equal_cpu_batches():
     on_cpu = list(Batches(split(), 4, augment="crop", shuffle=True).epoch(0))
     on_gpu = list(Batches(split(), 4, augment="crop", shuffle=True, device="cuda").epoch(0))
