@@ -40,7 +40,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 _locks: dict[Path, int] = {}  # of this process: folder -> open file that holds the lock
@@ -65,7 +65,7 @@ def lock_folder(folder: Path, patience: float = 3.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise unwritable(folder, error) from error
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -85,7 +85,8 @@ def lock_folder(folder: Path, patience: float = 3.0) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> RtkError:
+def unwritable(path: Path, error: OSError) -> RtkError:
+    """Return the error for a file or folder that could not be written."""
     in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
     reason = "a file is where a folder is needed" if in_the_way else error.strerror
     return RtkError(f"cannot write {path} ({reason}); choose a folder you can write with --out")

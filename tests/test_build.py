@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pybind11
 import pytest
 
 from rtk import _C
@@ -151,7 +152,6 @@ def test_kernels_has_one_name() -> None:
     not (shutil.which("cmake") and shutil.which("ninja")), reason="no cmake or ninja"
 )
 def test_a_build_without_cuda_keeps_its_reason(tmp_path: Path) -> None:
-    pybind11 = pytest.importorskip("pybind11")
     reason = 'no nvcc in "quotes"; (and) a \\ backslash'
     configure = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path), "-G", "Ninja"]
     options = {

@@ -6,6 +6,7 @@ the workers save and stop, and a worker whose parent is gone ends at once.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from rtk.config import StageConfig
 from rtk.errors import Interrupted, RtkError
+from rtk.runs import unwritable
 
 Runner = Callable[[StageConfig], object]
 
@@ -48,9 +50,7 @@ def run_in_processes(
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
     except OSError as error:
-        raise RtkError(
-            f"cannot write {log} ({error.strerror}); choose a folder you can write with --out"
-        ) from error
+        raise unwritable(log, error) from error
     workers: dict[Any, Any] = {}
     parent_lives = []
     for _ in range(jobs):
@@ -95,7 +95,9 @@ def _schedule(
                     pending.remove(ready)
                     started(ready)
                     busy[connection] = ready
-                    connection.send(ready)
+                    with contextlib.suppress(OSError):  # a worker that is gone shows below
+                        connection.send(ready)
+            assert busy or not pending, "the stages wait for each other"
             for connection in wait(list(busy)):
                 try:
                     error: Any = connection.recv()  # type: ignore[union-attr, call-arg]

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchattacks
 
 from rtk import attacks, models, ops
 from rtk.attacks import PGD
@@ -31,7 +32,6 @@ def flags(model):
 
 
 def test_pgd_linf_is_torchattacks_bit_for_bit(model, batch):
-    torchattacks = pytest.importorskip("torchattacks")
     x, y = batch
     ours = PGD(eps=8 / 255, step_size=2 / 255, steps=10, random_start=False)(model, x, y)
     theirs = torchattacks.PGD(model, eps=8 / 255, alpha=2 / 255, steps=10, random_start=False)(x, y)
@@ -40,7 +40,6 @@ def test_pgd_linf_is_torchattacks_bit_for_bit(model, batch):
 
 
 def test_pgd_l2_is_torchattacks(model, batch):
-    torchattacks = pytest.importorskip("torchattacks")
     x, y = batch
     ours = PGD("l2", eps=0.5, step_size=0.1, steps=10, random_start=False)(model, x, y)
     theirs = torchattacks.PGDL2(model, eps=0.5, alpha=0.1, steps=10, random_start=False)(x, y)

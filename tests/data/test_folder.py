@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rtk.config import DataConfig
 from rtk.data import dataset, load
 from rtk.errors import RtkError
-
-Image = pytest.importorskip("PIL.Image")
 
 
 def image(path, width=6, height=6, value=None, mode="RGB"):
