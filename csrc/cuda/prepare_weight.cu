@@ -12,6 +12,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "cuda/launch.h"
 #include "rtk.h"
 
 namespace rtk {
@@ -116,39 +117,6 @@ __global__ void __launch_bounds__(kThreads) prepare_strided(const __grid_constan
   store<Value>(p.out, p.out_dtype, out_at, product);
 }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("prepare_weight: ") + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error));
-  }
-}
-
-// The caller's device again at the end of the scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_));
-    if (device == previous_) previous_ = -1;
-    check(cudaSetDevice(device));
-  }
-  ~DeviceGuard() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = -1;
-};
-
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, Arguments... arguments) {
-  if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument("prepare_weight: the weight is too large");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
-
 int64_t count_of(const PrepareWeight& p) { return p.sizes[0] * p.sizes[1] * p.sizes[2] * p.sizes[3]; }
 
 // Dimensions from the largest output stride to the smallest, size 1 first.
@@ -187,8 +155,8 @@ bool launch_dense(const PrepareWeight& p, cudaStream_t stream) {
     return false;
   }
   const int64_t count = count_of(p), per_block = kThreads * kVector;
-  launch(prepare_dense<W, Mask, Out>, (count + per_block - 1) / per_block, stream, static_cast<const W*>(p.w),
-         static_cast<const Mask*>(p.mask), static_cast<Out*>(p.out), count);
+  launch("prepare_weight", prepare_dense<W, Mask, Out>, (count + per_block - 1) / per_block, kThreads, 0, stream,
+         static_cast<const W*>(p.w), static_cast<const Mask*>(p.mask), static_cast<Out*>(p.out), count);
   return true;
 }
 
@@ -225,9 +193,10 @@ template <class Value>
 void launch_strided(const PrepareWeight& p, cudaStream_t stream) {
   const int64_t count = count_of(p), blocks = (count + kThreads - 1) / kThreads;
   if (count <= std::numeric_limits<uint32_t>::max()) {
-    launch(prepare_strided<Value, uint32_t>, blocks, stream, p, static_cast<uint32_t>(count));
+    launch("prepare_weight", prepare_strided<Value, uint32_t>, blocks, kThreads, 0, stream, p,
+           static_cast<uint32_t>(count));
   } else {
-    launch(prepare_strided<Value, int64_t>, blocks, stream, p, count);
+    launch("prepare_weight", prepare_strided<Value, int64_t>, blocks, kThreads, 0, stream, p, count);
   }
 }
 
@@ -243,7 +212,7 @@ void prepare_weight_cuda(const PrepareWeight& unsorted, int device, void* stream
     throw std::invalid_argument("prepare_weight: w and out must be f32, f64, bf16 or f16, the mask one of them or b1");
   }
   if (count_of(unsorted) == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard("prepare_weight", device);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_address);
   const PrepareWeight p = sorted(unsorted);
   if (dense(p) && try_dense(p, stream)) return;

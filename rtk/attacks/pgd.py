@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtk import ops
+from rtk.attacks.gradient import cross_entropy, input_gradient
 from rtk.errors import RtkError, check_choice
-
-_BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass
@@ -73,17 +69,11 @@ class PGD:
             x_adv = ops.pgd_init(x_adv, eps=self.eps, norm=self.norm, seed=seed)
         elif self.steps == 0:
             x_adv = x_adv.clamp(0, 1)
-        with _frozen_view(model, self.bn_mode), torch.enable_grad():
+        with input_gradient(model, bn_mode=self.bn_mode, loss=self._loss) as gradient:
             for _ in range(self.steps):
-                x_adv = x_adv.detach().requires_grad_()
-                logits = model(x_adv)
-                if not self._checked:
-                    check_labels(y, logits)
-                    self._checked = True
-                loss = F.cross_entropy(logits.float(), y)
-                (grad,) = torch.autograd.grad(loss, x_adv)
+                grad, _ = gradient(x_adv, y)
                 x_adv = ops.pgd_step(
-                    x_adv.detach(),
+                    x_adv,
                     grad,
                     x,
                     eps=self.eps,
@@ -91,6 +81,12 @@ class PGD:
                     norm=self.norm,
                 )
         return x_adv
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if not self._checked:  # before the loss: on a GPU a wrong label would end the process
+            check_labels(y, logits)
+            self._checked = True
+        return cross_entropy(logits, y)
 
 
 def _check_images(x: Tensor) -> None:
@@ -112,28 +108,3 @@ def check_labels(y: Tensor, logits: Tensor) -> None:
             f"labels must be in [0, {classes}), the model's classes, got {y.min().item()} to "
             f"{y.max().item()}"
         )
-
-
-@contextlib.contextmanager
-def _frozen_view(model: nn.Module, bn_mode: str) -> Iterator[None]:
-    """Attack weights that are constants: no gradient of them is computed, none is copied.
-
-    Batch norm is in `bn_mode` and everything else in eval; afterwards all is as it was.
-    """
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    model.eval()
-    if bn_mode == "train":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.train()
-    try:
-        yield
-    finally:
-        model.eval()
-        for module in training:
-            module.training = True
-        for parameter in learned:
-            parameter.requires_grad_(True)

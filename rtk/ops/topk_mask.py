@@ -143,7 +143,8 @@ def descending_order(scores: Tensor) -> Tensor:
 def _global_reference(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     flat = torch.cat([tensor.reshape(-1) for tensor in scores])
     mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    mask[descending_order(flat)[:k]] = True
+    # Not mask[...] = True: that copies the value from the host, which a graph cannot capture.
+    mask.index_fill_(0, descending_order(flat)[:k], True)
     parts = mask.split([tensor.numel() for tensor in scores])
     # clone: parts of one buffer would alias each other, which an op's outputs must not.
     return [part.reshape(t.shape).clone() for part, t in zip(parts, scores, strict=True)]

@@ -1,0 +1,51 @@
+// What every CUDA op does around its kernel: checked calls, the caller's device, a launch on its stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace rtk {
+
+// Throws a std::runtime_error that names the op and CUDA's word for what failed.
+inline void check(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Works on `device`; the caller's is back at the end of the scope.
+class DeviceGuard {
+ public:
+  DeviceGuard(const char* op, int device) {
+    check(op, cudaGetDevice(&previous_));
+    if (device == previous_) previous_ = -1;
+    check(op, cudaSetDevice(device));
+  }
+  ~DeviceGuard() {
+    if (previous_ >= 0) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+// Launches `blocks` blocks with `shared` bytes of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+            cudaStream_t stream, Arguments... arguments) {
+  if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument(std::string(op) + ": too large");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace rtk
