@@ -35,17 +35,30 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-// Launches `blocks` blocks with `shared` bytes of dynamic shared memory.
+// Launches `blocks` blocks with `shared` bytes of dynamic shared memory, in clusters of `cluster`.
 template <class... Parameters, class... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
-            cudaStream_t stream, Arguments... arguments) {
+void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
+                     size_t shared, cudaStream_t stream, Arguments... arguments) {
   if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument(std::string(op) + ": too large");
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;  // a GPU without clusters takes the launch then
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+// Launches `blocks` blocks with `shared` bytes of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+            cudaStream_t stream, Arguments... arguments) {
+  launch_clusters(op, kernel, blocks, 1, threads, shared, stream, arguments...);
 }
 
 }  // namespace rtk

@@ -1,25 +1,28 @@
 """pgd_init: a random start in the ball around each image, the same on every machine.
 
-The numbers come from Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
-2, 3"): word i % 4 of the block with counter i // 4 belongs to pixel i of the batch in N, C, H, W
-order. So a seed gives the same start whatever the memory format, the device or the thread count.
+Which pixel gets which random number is told in `rtk/ops/_philox.py`.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from rtk.ops import _compiled
 from rtk.ops._layout import memory_format
+from rtk.ops._philox import (
+    check_seed,
+    philox,
+    seed_on_host,
+    split_seed,
+    standard_normal,
+    uniform,
+)
 from rtk.ops._registry import Op, require
+from rtk.ops._triton import why_not_triton
 from rtk.ops.pgd_step import check_ball, check_images, per_image_norm, to_pixels
 
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_WORD = 0xFFFFFFFF
+BLOCKS = 256  # of Philox, four pixels each, that a program of the Triton kernels takes
 
 
 def pgd_init(
@@ -28,7 +31,7 @@ def pgd_init(
     eps: float,
     norm: str = "linf",
     clip: tuple[float, float] = (0.0, 1.0),
-    seed: int,
+    seed: int | Tensor,
 ) -> Tensor:
     """Return `x` plus a random point of the ball of radius `eps`, clipped.
 
@@ -40,49 +43,81 @@ def pgd_init(
         eps: radius in [0, 1] pixel scale, e.g. 8/255.
         norm: "linf" or "l2".
         clip: the range of valid pixels.
-        seed: 0 <= seed < 2**63; the same seed gives the same start.
+        seed: 0 <= seed < 2**63; the same seed gives the same start. Or one int64 on x's device,
+            which the kernel reads: a captured CUDA graph starts elsewhere in every replay if the
+            graph, or whoever replays it, changes the number.
 
     Returns:
         A new tensor in x's dtype and memory format (fp32 for uint8). It does not require grad.
 
     Raises:
-        RtkError: if eps is negative, the norm unknown, the seed out of range.
+        RtkError: if eps is negative, the norm unknown, the seed out of range or no int64.
     """
-    require(0 <= seed < 2**63, "pgd_init: seed must be in [0, 2**63), got %s", seed)
-    return _op(x, eps=eps, norm=norm, clip_min=clip[0], clip_max=clip[1], seed=seed)
+    number, tensor = split_seed("pgd_init", seed)
+    return _op(
+        x,
+        tensor,
+        eps=eps,
+        norm=norm,
+        clip_min=clip[0],
+        clip_max=clip[1],
+        seed=number,
+    )
+
+
+def check_noisy(op: str, x: Tensor, seed_tensor: Tensor | None) -> None:
+    """Raise an RtkError unless noise can be added to the images `x` under this seed."""
+    check_images(op, "x", x)
+    require(x.dim() <= 4, "%s: x must have up to 4 dimensions, got %s", op, tuple(x.shape))
+    check_seed(op, x, seed_tensor)
 
 
 def _check(
-    x: Tensor, *, eps: float, norm: str, clip_min: float, clip_max: float, seed: int
+    x: Tensor,
+    seed_tensor: Tensor | None = None,
+    *,
+    eps: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+    seed: int,
 ) -> None:
     check_ball("pgd_init", eps, norm, clip_min, clip_max)
-    check_images("pgd_init", "x", x)
-    require(x.dim() <= 4, "pgd_init: x must have up to 4 dimensions, got %s", tuple(x.shape))
+    check_noisy("pgd_init", x, seed_tensor)
 
 
-def _empty(x: Tensor, **_: object) -> Tensor:
+def _empty(x: Tensor, *_: object, **__: object) -> Tensor:
     dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
     return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
 _op = Op(
-    "pgd_init(Tensor x, *, float eps, str norm, float clip_min, float clip_max, int seed)"
-    " -> Tensor",
+    "pgd_init(Tensor x, Tensor? seed_tensor=None, *, float eps, str norm, float clip_min, "
+    "float clip_max, int seed) -> Tensor",
     _check,
     _empty,
 )
 _op.no_gradient()
 
 
-def _why_not_cpu(x: Tensor, **_: object) -> str | None:
-    return _compiled.why_not_cpu(x) or _compiled.why_not_dtype(
-        x, "x", torch.float32, torch.bfloat16, torch.uint8
-    )
+def _why_not_dtype(x: Tensor) -> str | None:
+    return _compiled.why_not_dtype(x, "x", torch.float32, torch.bfloat16, torch.uint8)
+
+
+def _why_not_cpu(x: Tensor, *_: object, **__: object) -> str | None:
+    return _compiled.why_not_cpu(x) or _why_not_dtype(x)
 
 
 @_op.implementation("cpu", _why_not_cpu)
 def _cpu(
-    x: Tensor, *, eps: float, norm: str, clip_min: float, clip_max: float, seed: int
+    x: Tensor,
+    seed_tensor: Tensor | None = None,
+    *,
+    eps: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+    seed: int,
 ) -> Tensor:
     out = _empty(x)
     if out.numel() == 0:
@@ -105,57 +140,101 @@ def _cpu(
         norm == "l2",
         clip_min,
         clip_max,
-        seed,
+        seed_on_host(seed, seed_tensor),
         torch.get_num_threads(),
     )
     return out
 
 
-def philox(count: int, seed: int, stream: int, device: torch.device) -> Tensor:
-    """Return words 0..count-1 of Philox4x32-10 under `seed` as int64 in [0, 2**32).
+def why_not_triton_noise(x: Tensor) -> str | None:
+    """Return why the Triton kernels cannot add noise to `x`, or None where they can."""
+    if x.numel() >= 2**31 * max(1, x.shape[0]):
+        return "an image has 2**31 pixels or more"
+    return why_not_triton(x) or _why_not_dtype(x)
 
-    `stream` is the third counter word: streams do not overlap.
+
+def placement(x: Tensor, by_image: bool = False) -> tuple[int, tuple[int, int, int, int], bool]:
+    """Describe dense images to a Triton kernel, as its `place` takes them.
+
+    Returns:
+        The number of programs; (programs, pixels, channels, pixels of a channel) of an image, where
+        the batch counts as one image unless `by_image`; whether channels are last in memory.
     """
-    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=device)
-    c0, c1 = blocks & _WORD, blocks >> 32
-    c2, c3 = torch.full_like(blocks, stream), torch.zeros_like(blocks)
-    k0, k1 = seed & _WORD, seed >> 32 & _WORD
-    for _ in range(10):
-        # int64 multiplication wraps; its upper half is right once the sign's copies are cut off.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> 32 & _WORD) ^ c1 ^ k0,
-            product1 & _WORD,
-            (product0 >> 32 & _WORD) ^ c3 ^ k1,
-            product0 & _WORD,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=1).reshape(-1)[:count]
+    transposed = memory_format(x) == torch.channels_last
+    images = x.shape[0] if by_image or transposed else 1
+    count = x.numel() // images
+    rows = x.shape[1] if transposed else 1
+    tiles = -(-(count + 3) // (4 * BLOCKS))
+    return images * tiles, (tiles, count, rows, count // rows), transposed
 
 
-def _uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map 32-bit words to [0, 1) on a grid of 2**-24, which fp32 holds exactly."""
-    return (words >> 8).to(dtype) * 2.0**-24
+@_op.implementation("triton", lambda x, *_, **__: why_not_triton_noise(x))
+def _triton(
+    x: Tensor,
+    seed_tensor: Tensor | None = None,
+    *,
+    eps: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+    seed: int,
+) -> Tensor:
+    from rtk.kernels import pgd_init as kernels
+
+    x = x.contiguous(memory_format=memory_format(x))
+    out = _empty(x)
+    if out.numel() == 0:
+        return out
+    ball = (eps, clip_min, clip_max)
+    drawn = seed if seed_tensor is None else seed_tensor
+    options = {"SEED_IN_MEMORY": seed_tensor is not None, "BLOCKS": BLOCKS, "num_warps": 8}
+    with torch.cuda.device_of(x):
+        if norm == "linf":
+            programs, sizes, transposed = placement(x)
+            kernels.pgd_init_linf[(programs,)](
+                x,
+                out,
+                drawn,
+                *sizes,
+                *ball,
+                TRANSPOSED=transposed,
+                enable_fp_fusion=False,  # the bits are PyTorch's
+                **options,
+            )
+        else:
+            programs, sizes, transposed = placement(x, by_image=True)
+            sums = torch.empty(programs, dtype=torch.float32, device=x.device)
+            kernels.pgd_init_l2_sums[(programs,)](sums, drawn, *sizes[:2], **options)
+            squares = sums.view(x.shape[0], -1).sum(1)
+            kernels.pgd_init_l2[(programs,)](
+                x, out, squares, drawn, *sizes, *ball, TRANSPOSED=transposed, **options
+            )
+    return out
 
 
 @_op.implementation("reference")
 def _reference(
-    x: Tensor, *, eps: float, norm: str, clip_min: float, clip_max: float, seed: int
+    x: Tensor,
+    seed_tensor: Tensor | None = None,
+    *,
+    eps: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+    seed: int,
 ) -> Tensor:
     out = _empty(x)
     exact = torch.promote_types(out.dtype, torch.float32)
     pixels = to_pixels(x, exact)
-    first = philox(x.numel(), seed, 0, x.device)
+    drawn = seed if seed_tensor is None else seed_tensor
     if norm == "linf":
-        delta = ((_uniform(first, exact) * 2 - 1) * eps).reshape(x.shape)
+        words = philox(x.numel(), drawn, 0, x.device)
+        delta = ((uniform(words, exact) * 2 - 1) * eps).reshape(x.shape)
     else:
-        second = philox(x.numel(), seed, 1, x.device)
-        u1 = _uniform(first, exact) + 2.0**-24  # in (0, 1], for the logarithm
-        u2 = _uniform(second, exact)
-        normal = ((-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()).reshape(x.shape)
+        normal = standard_normal(x.numel(), drawn, x.device).to(exact).reshape(x.shape)
         # One radius an image, from the first word of the image's own block in a third stream.
-        words = philox(4 * x.shape[0], seed, 2, x.device)[::4]
+        words = philox(4 * x.shape[0], drawn, 2, x.device)[::4]
         dimensions = max(1, x.numel() // max(1, x.shape[0]))
-        radius = eps * (_uniform(words, exact) + 2.0**-24) ** (1 / dimensions)
+        radius = eps * (uniform(words, exact) + 2.0**-24) ** (1 / dimensions)
         delta = normal * (radius.view(-1, *[1] * (x.dim() - 1)) / per_image_norm(normal))
     return out.copy_((pixels + delta).clamp(clip_min, clip_max))

@@ -9,6 +9,7 @@ from rtk.errors import check_choice
 from rtk.ops import _compiled
 from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
+from rtk.ops._triton import why_not_triton
 
 NORMS = ("linf", "l2")
 _DIVISION_EPS = 1e-10  # keeps a zero gradient a zero step, as robustness and torchattacks do
@@ -72,7 +73,10 @@ def check_images(op: str, name: str, images: Tensor) -> None:
 
 def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images in [0, 1] as `dtype`; uint8 means 0..255."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    if images.dtype != torch.uint8:
+        return images.to(dtype)
+    # By a tensor: on a GPU torch divides by a number as it multiplies by its inverse, rounded.
+    return images.to(dtype) / torch.full((), 255, dtype=dtype, device=images.device)
 
 
 def per_image_norm(images: Tensor) -> Tensor:
@@ -156,25 +160,126 @@ def _cpu(
     format = memory_format(x_adv)
     x_adv, grad, x = (t.contiguous(memory_format=format) for t in (x_adv, grad, x))
     out = _empty(x_adv)
+    if out.numel():
+        numbers = (eps, step_size, norm == "l2", clip_min, clip_max)
+        arguments = _compiled_arguments(x_adv, grad, x, out)
+        _compiled._C.pgd_step_cpu(*arguments, *numbers, torch.get_num_threads())
+    return out
+
+
+def _compiled_arguments(x_adv: Tensor, grad: Tensor, x: Tensor, out: Tensor) -> tuple[int, ...]:
+    """Describe four dense tensors to C++."""
+    typed = [(t.data_ptr(), _compiled.DTYPES[t.dtype]) for t in (x_adv, grad, x)]
+    n = x.shape[0]
+    return (*typed[0], *typed[1], *typed[2], out.data_ptr(), n, x.numel() // n)
+
+
+def _why_not_gpu_dtype(x_adv: Tensor, grad: Tensor, x: Tensor) -> str | None:
+    return (
+        _compiled.why_not_dtype(x_adv, "x_adv", torch.float32, torch.bfloat16)
+        or _compiled.why_not_dtype(grad, "grad", torch.float32, torch.bfloat16, torch.float16)
+        or _compiled.why_not_dtype(x, "x", torch.float32, torch.bfloat16, torch.uint8)
+    )
+
+
+def _why_not_triton(
+    x_adv: Tensor, grad: Tensor, x: Tensor, *, norm: str, **_: object
+) -> str | None:
+    if norm != "linf":
+        return f"it takes the linf norm, not {norm}"
+    return why_not_triton(x_adv, grad, x) or _why_not_gpu_dtype(x_adv, grad, x)
+
+
+def _dense(tensor: Tensor, format: torch.memory_format) -> tuple[Tensor, bool]:
+    """Return `tensor` dense, copied only if it must be, and whether in the order not asked for."""
+    if tensor.is_contiguous(memory_format=format):
+        return tensor, False
+    if tensor.dim() == 4 and tensor[0].numel() < 2**31:
+        if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+            return tensor, True
+    return tensor.contiguous(memory_format=format), False
+
+
+@_op.implementation("triton", _why_not_triton)
+def _triton(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+) -> Tensor:
+    from rtk.kernels.pgd_step import pgd_step_linf
+
+    format = memory_format(x_adv)
+    x_adv = x_adv.contiguous(memory_format=format)
+    out = _empty(x_adv)
     if out.numel() == 0:
         return out
-    _compiled._C.pgd_step_cpu(
-        x_adv.data_ptr(),
-        _compiled.DTYPES[x_adv.dtype],
-        grad.data_ptr(),
-        _compiled.DTYPES[grad.dtype],
-        x.data_ptr(),
-        _compiled.DTYPES[x.dtype],
-        out.data_ptr(),
-        x.shape[0],
-        x[0].numel(),
-        eps,
-        step_size,
-        norm == "l2",
-        clip_min,
-        clip_max,
-        torch.get_num_threads(),
-    )
+    grad, grad_transposed = _dense(grad, format)
+    x, x_transposed = _dense(x, format)
+    # One access of 16 bytes a thread to the widest tensor; the narrower ones take fewer bytes.
+    warps = 8
+    block = warps * 32 * 16 // max(t.element_size() for t in (x_adv, grad, x))
+    n, count, rows, columns = 1, out.numel(), 1, 1
+    if grad_transposed or x_transposed:
+        n, channels, height, width = out.shape
+        count, rows, columns = channels * height * width, channels, height * width
+        if format == torch.channels_last:
+            rows, columns = columns, rows
+    tiles = -(-count // block)
+    with torch.cuda.device_of(x_adv):
+        pgd_step_linf[(n * tiles,)](
+            x_adv,
+            grad,
+            x,
+            out,
+            tiles,
+            count,
+            rows,
+            columns,
+            step_size,
+            eps,
+            clip_min,
+            clip_max,
+            GRAD_TRANSPOSED=grad_transposed,
+            X_TRANSPOSED=x_transposed,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=False,  # the bits are PyTorch's
+        )
+    return out
+
+
+def _why_not_cuda(x_adv: Tensor, grad: Tensor, x: Tensor, *, norm: str, **_: object) -> str | None:
+    if norm != "l2":
+        return f"it takes the l2 norm, not {norm}"
+    return _compiled.why_not_cuda(x_adv, grad, x) or _why_not_gpu_dtype(x_adv, grad, x)
+
+
+@_op.implementation("cuda", _why_not_cuda)
+def _cuda(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    norm: str,
+    clip_min: float,
+    clip_max: float,
+) -> Tensor:
+    format = memory_format(x_adv)
+    x_adv, grad, x = (t.contiguous(memory_format=format) for t in (x_adv, grad, x))
+    out = _empty(x_adv)
+    if out.numel():
+        numbers = (eps, step_size, True, clip_min, clip_max)
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        arguments = _compiled_arguments(x_adv, grad, x, out)
+        _compiled._C.pgd_step_cuda(*arguments, *numbers, x.device.index, stream)
     return out
 
 

@@ -9,7 +9,7 @@ from scipy import stats
 from rtk.errors import RtkError
 from rtk.ops import backend as forced
 from rtk.ops import pgd_init
-from rtk.ops.pgd_init import philox
+from rtk.ops._philox import philox
 
 OP = "pgd_init"
 WIDE = (-100.0, 100.0)
@@ -174,6 +174,95 @@ def test_no_pixels(shape, norm, backend, device):
     assert torch.equal(pgd_init(x, eps=0.1, norm=norm, seed=0), x)
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 7, 2**63 - 1], ids=hex)
+def test_a_seed_in_memory_is_the_seed(seed, shape, norm, backend, device):
+    x = torch.rand(3, 2, 5, 7, device=device)
+    wanted = pgd_init(x, eps=0.3, norm=norm, seed=seed)
+    in_memory = torch.full(shape, seed, device=device)
+    assert torch.equal(pgd_init(x, eps=0.3, norm=norm, seed=in_memory), wanted)
+
+
+def test_a_negative_seed_in_memory_counts_as_its_bits(backend, device):
+    x = torch.rand(3, 2, 5, 7, device=device)
+    out = pgd_init(x, eps=0.3, seed=torch.tensor(-5, device=device))
+    with forced("reference"):
+        wanted = pgd_init(x.cpu(), eps=0.3, seed=torch.tensor(-5))
+    assert torch.equal(out.cpu(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_every_replay_of_a_graph_reads_the_seed_anew(norm):
+    x = torch.rand(5, 3, 9, 7, device="cuda")
+    seed = torch.tensor([4], device="cuda")
+    pgd_init(x, eps=0.3, norm=norm, seed=seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start = pgd_init(x, eps=0.3, norm=norm, seed=seed)
+        seed += 1
+    for number in range(4, 7):
+        graph.replay()
+        assert torch.equal(start, pgd_init(x, eps=0.3, norm=norm, seed=number))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 299, 299), (2, 3, 224, 224), (700, 1, 3, 3)], ids=str)
+def test_many_programs_on_a_gpu(shape, layout, norm):
+    x = torch.rand(shape, device="cuda").contiguous(memory_format=layout)
+    with forced("triton"):
+        out = pgd_init(x, eps=0.3, norm=norm, seed=8)
+    with forced("reference"):
+        wanted = pgd_init(x, eps=0.3, norm=norm, seed=8)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0 if norm == "linf" else 1e-6)
+    assert out.stride() == wanted.stride()
+
+
+INTERPRETED = """
+import torch
+from rtk.ops._registry import ops
+
+run = {i.backend: i.run for i in ops["pgd_init"].implementations}
+ball = dict(eps=0.3, clip_min=0.0, clip_max=1.0)
+for shape in [(5, 3, 9, 7), (2, 3, 32, 32), (3, 5), (1, 1)]:
+    for seed, in_memory in [(0, None), (2**63 - 1, None), (0, torch.tensor([2**40 + 7]))]:
+        for norm, tolerance in [("linf", 0), ("l2", 1e-6)]:
+            for bytes_ in (False, True):
+                x = torch.rand(shape)
+                x = (x * 255).round().to(torch.uint8) if bytes_ else x
+                x_last = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+                for given in (x, x_last):
+                    arguments = (given, in_memory), dict(norm=norm, seed=seed, **ball)
+                    out = run["triton"](*arguments[0], **arguments[1])
+                    wanted = run["reference"](*arguments[0], **arguments[1])
+                    torch.testing.assert_close(out, wanted, rtol=0, atol=tolerance)
+                    assert out.stride() == wanted.stride()
+"""
+
+
+def test_the_triton_kernels_under_the_interpreter(interpret):
+    interpret(INTERPRETED)
+
+
+def test_the_triton_kernel_moves_16_bytes_a_thread(compile_for_hopper):
+    from rtk.kernels.pgd_init import pgd_init_linf
+
+    types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "seed": "i64"}
+    types |= dict.fromkeys(("tiles", "count", "rows", "columns"), "i32")
+    types |= dict.fromkeys(("eps", "low", "high"), "fp32")
+    constants = {"SEED_IN_MEMORY": False, "TRANSPOSED": False, "BLOCKS": 256}
+    built = compile_for_hopper(
+        pgd_init_linf, types, constants, ("count",), num_warps=8, enable_fp_fusion=False
+    )
+    assert built.accesses() == ["ld.v4.b32", "st.v4.b32"]
+    assert built.resources["LOCAL"] == built.resources["STACK"] == built.resources["SHARED"] == 0
+    assert "fma.rn.f32" not in built.ptx
+
+
 X = torch.rand(2, 3, 4, 4)
 
 
@@ -185,11 +274,26 @@ X = torch.rand(2, 3, 4, 4)
         (X, {"clip": (0.5, 0.4)}, r"pgd_init: clip must be \(low, high\)"),
         (X, {"seed": -1}, r"pgd_init: seed must be in \[0, 2\*\*63\), got -1"),
         (X, {"seed": 2**63}, "pgd_init: seed must be in"),
+        (X, {"seed": torch.zeros(2).long()}, r"seed in memory must be one int64, got \(2,\) of"),
+        (X, {"seed": torch.tensor(1.0)}, "pgd_init: a seed in memory must be one int64"),
+        (X, {"seed": torch.tensor(1, device="meta")}, "pgd_init: seed is on meta and x on cpu"),
         (X.int(), {}, "pgd_init: x must be floating or uint8, got torch.int32"),
         (X[0, 0, 0], {}, r"pgd_init: x must be \(N, ...\), got \(4,\)"),
         (X[None], {}, "pgd_init: x must have up to 4 dimensions"),
     ],
-    ids=["eps", "norm", "clip", "seed-negative", "seed-large", "int", "1-D", "5-D"],
+    ids=[
+        "eps",
+        "norm",
+        "clip",
+        "seed-negative",
+        "seed-large",
+        "seeds",
+        "seed-float",
+        "seed-device",
+        "int",
+        "1-D",
+        "5-D",
+    ],
 )
 def test_refused(x, options, words):
     with pytest.raises(RtkError, match=words):
