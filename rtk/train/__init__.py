@@ -2,6 +2,7 @@
 
 from rtk.train.accuracy import Accuracy, accuracy
 from rtk.train.checkpoint import CHECKPOINT, Checkpoint, load_state, save_checkpoint
+from rtk.train.free import make_free_step
 from rtk.train.loop import resolve_arithmetic, train
 from rtk.train.optim import learning_rate, make_optimizer
 from rtk.train.setup import resolve_device, seed_everything, set_threads
@@ -14,6 +15,7 @@ __all__ = [
     "accuracy",
     "learning_rate",
     "load_state",
+    "make_free_step",
     "make_optimizer",
     "make_step",
     "resolve_arithmetic",

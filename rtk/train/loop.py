@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rtk.attacks import Free
 from rtk.config import TrainConfig
 from rtk.errors import Interrupted, RtkError
 from rtk.runs import JsonlLog
 from rtk.train.checkpoint import CHECKPOINT, Checkpoint, save_checkpoint
-from rtk.train.optim import learning_rate, make_optimizer, set_learning_rate
-from rtk.train.step import make_step
+from rtk.train.free import make_free_step
+from rtk.train.optim import learning_rate, make_optimizer, match_layouts, set_learning_rate
+from rtk.train.step import Step, make_step
 
 _CHECK_EVERY = 50  # steps between two looks at the loss on a GPU: each look synchronises
 
@@ -60,7 +62,9 @@ def train(
         config: optimiser, schedule and arithmetic.
         folder: the run's folder, there already.
         meta: goes into the checkpoint's metadata (configuration, hash, lineage, ...).
-        attack: for adversarial training.
+        attack: for adversarial training; `rtk.attacks.Free` trains by its own step. If it has a
+            method `after_epoch(network, x, y)`, that is called after each epoch with the last batch
+            (images as they are) and may warn, but must leave the network and torch's generators.
         network: the part of the model that the batches go through; the whole model by default.
         set_mode: puts the modules into the mode they train in, at the start of each epoch.
         evaluate: called every `eval_every` epochs and after the last; its numbers go into the log.
@@ -79,13 +83,18 @@ def train(
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(model.parameters(), config)
-    step_fn = make_step(
-        model if network is None else network,
-        optimizer,
-        attack,
-        amp=amp,
-        label_smoothing=config.label_smoothing,
-    )
+    trained = model if network is None else network
+    step_options: dict[str, Any] = {
+        "amp": amp,
+        "graph": "auto" if config.graph == "auto" else False,
+        "label_smoothing": config.label_smoothing,
+    }
+    step_fn: Step
+    if isinstance(attack, Free):
+        step_fn = make_free_step(trained, optimizer, attack, **step_options)
+    else:
+        step_fn = make_step(trained, optimizer, attack, **step_options)
+    after_epoch = getattr(attack, "after_epoch", None)
     log = JsonlLog(folder / "metrics.jsonl")
     path = folder / CHECKPOINT
     progress: dict[str, Any] = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
@@ -98,6 +107,7 @@ def train(
                     "differs); start over with --no_resume or choose another --out"
                 )
         progress = checkpoint.restore(model, optimizer)
+        match_layouts(optimizer)
         log.keep(lambda record: record["epoch"] <= progress["epoch"])
     else:
         path.unlink(missing_ok=True)  # first, so that no checkpoint is ever without its log
@@ -138,6 +148,8 @@ def train(
                         raise Interrupted(_stopped(epoch, step + 1, path))
             bar.close()
             _check_finite(loss_sum, epoch, steps - 1, path, model)
+            if after_epoch is not None:
+                after_epoch(trained, x, y)
             last = epoch + 1 == config.epochs
             seconds = time.perf_counter() - started
             record = {

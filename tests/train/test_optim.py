@@ -7,6 +7,7 @@ from torch import nn
 from rtk.config import TrainConfig
 from rtk.errors import RtkError
 from rtk.train import learning_rate, make_optimizer
+from rtk.train.optim import match_layouts
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,22 @@ def test_the_optimiser_is_sgd_over_what_is_trained():
     assert group["params"] == [model[1].weight, model[1].bias]
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.02)
     assert group["nesterov"] is True
+    assert group["fused"] is None  # on a GPU only
+
+
+def test_state_is_laid_out_as_its_parameters_are():
+    model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    momenta = {
+        0: {"momentum_buffer": torch.randn(8, 3, 3, 3)},
+        1: {"momentum_buffer": torch.randn(8)},
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": momenta})
+    match_layouts(optimizer)
+    for index, parameter in enumerate(model.parameters()):
+        found = optimizer.state[parameter]["momentum_buffer"]
+        assert found.stride() == parameter.stride() and not found.requires_grad
+        assert torch.equal(found, momenta[index]["momentum_buffer"])
 
 
 @pytest.mark.parametrize("schedule", ["multistep", "cosine", "constant"])

@@ -104,15 +104,30 @@ def test_amp_computes_in_bfloat16_and_keeps_fp32_weights(make_model, batches):
     assert losses[0].dtype == torch.float32 and losses[-1] < losses[0]
 
 
-def test_graph_true_is_refused_and_auto_and_false_are_alike(make_model, batches):
+def test_on_a_cpu_graph_true_is_refused_and_auto_and_false_are_alike(make_model, batches):
     model = make_model()
-    with pytest.raises(RtkError, match="cannot capture graphs; use graph='auto' or False"):
+    with pytest.raises(RtkError, match=r"the model is on cpu.*; use graph='auto' or False"):
         make_step(model, sgd(model), graph=True)
+    with pytest.raises(RtkError, match="graph must be 'auto', True or False, got 'always'"):
+        make_step(model, sgd(model), graph="always")
     models = [make_model().train(), make_model().train()]
-    x, y = next(batches.epoch(0))
     for model, graph in zip(models, ("auto", False), strict=True):
-        make_step(model, sgd(model), amp=None, graph=graph)(x, y)
+        torch.manual_seed(6)
+        step = make_step(model, sgd(model), PGD(steps=1), amp=None, graph=graph)
+        for epoch in range(2):
+            for x, y in batches.epoch(epoch):
+                step(x, y)
+        assert not step.captured
     assert equal_states(*models)
+
+
+def test_losses_that_are_nan_are_counted(make_model, batches):
+    model = make_model().train()
+    step = make_step(model, sgd(model, lr=0.0), amp=None)
+    for index, (x, y) in enumerate(batches.epoch(0)):
+        step(x * torch.nan if index == 1 else x, y)
+    assert step.nonfinite.dtype == torch.int64 and step.nonfinite.shape == ()
+    assert step.nonfinite.item() == 2  # the running statistics are spoiled too
 
 
 def test_an_amp_dtype_that_is_not_floating_is_refused():
