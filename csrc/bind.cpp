@@ -27,12 +27,19 @@ DType dtype(int code) { return static_cast<DType>(code); }
 
 void copy(const Four& from, int64_t (&to)[4]) { std::copy(from.begin(), from.end(), to); }
 
+PgdStep pgd_step_args(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype, Address out,
+                      int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min,
+                      double clip_max) {
+  return {pointer(x_adv), dtype(x_adv_dtype), pointer(grad), dtype(grad_dtype), pointer(x), dtype(x_dtype),
+          pointer(out), n, chw, static_cast<float>(eps), static_cast<float>(step_size), l2,
+          static_cast<float>(clip_min), static_cast<float>(clip_max)};
+}
+
 void pgd_step_cpu(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype, Address out,
                   int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min, double clip_max,
                   int threads) {
-  cpu_ops().pgd_step({pointer(x_adv), dtype(x_adv_dtype), pointer(grad), dtype(grad_dtype), pointer(x), dtype(x_dtype),
-                      pointer(out), n, chw, static_cast<float>(eps), static_cast<float>(step_size), l2,
-                      static_cast<float>(clip_min), static_cast<float>(clip_max)},
+  cpu_ops().pgd_step(pgd_step_args(x_adv, x_adv_dtype, grad, grad_dtype, x, x_dtype, out, n, chw, eps, step_size, l2,
+                                   clip_min, clip_max),
                      threads);
 }
 
@@ -78,12 +85,53 @@ void prepare_weight_cpu(Address w, int w_dtype, const Four& w_strides, Address m
 }
 
 #ifdef RTK_HAS_CUDA
+void pgd_step_on_stream(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype,
+                        Address out, int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min,
+                        double clip_max, int device, Address stream) {
+  pgd_step_cuda(pgd_step_args(x_adv, x_adv_dtype, grad, grad_dtype, x, x_dtype, out, n, chw, eps, step_size, l2,
+                              clip_min, clip_max),
+                device, pointer(stream));
+}
+
 void prepare_weight_on_stream(Address w, int w_dtype, const Four& w_strides, Address mask, int mask_dtype,
                               const Four& mask_strides, Address out, int out_dtype, const Four& out_strides,
                               const Four& sizes, int device, Address stream) {
   prepare_weight_cuda(prepare_weight_args(w, w_dtype, w_strides, mask, mask_dtype, mask_strides, out, out_dtype,
                                           out_strides, sizes),
                       device, pointer(stream));
+}
+
+void fold_weights_on_stream(Address table, int layers, int64_t tiles, int device, Address stream) {
+  fold_weights_cuda(pointer(table), layers, tiles, device, pointer(stream));
+}
+
+void fused_conv2d_on_stream(Address x, Address w, Address bias, Address residual, Address gate, Address out,
+                            Address positive,
+                            const std::array<int, 9>& sizes, int stride, int padding, int upsample,
+                            int residual_stride, bool relu, const std::array<int, 6>& tile, int device,
+                            Address stream) {
+  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
+  fused_conv2d_cuda({pointer(x), pointer(w), pointer(bias), pointer(residual), pointer(gate), pointer(out), pointer(positive),
+                     n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride, relu,
+                     tile[0], tile[1], tile[2] != 0, tile[3] != 0, tile[4], tile[5]},
+                    device, pointer(stream));
+}
+
+void stem_conv2d_on_stream(Address x, int x_dtype, const Four& x_strides, Address weight, Address bias, Address mean,
+                           Address std, Address out, Address index, const Four& nhwk, bool pool, int device,
+                           Address stream) {
+  StemConv2d p{pointer(x), dtype(x_dtype), {}, pointer<float>(weight), pointer<float>(bias), pointer<float>(mean),
+               pointer<float>(std), pointer(out), pointer<uint8_t>(index), nhwk[0], nhwk[1], nhwk[2], nhwk[3], pool};
+  copy(x_strides, p.x_strides);
+  stem_conv2d_cuda(p, device, pointer(stream));
+}
+
+void stem_conv2d_bwd_input_on_stream(Address grad, Address index, Address weight, Address std, Address dx,
+                                     int dx_dtype, const Four& nhwk, bool pool, bool channels_last, int device,
+                                     Address stream) {
+  stem_conv2d_bwd_input_cuda({pointer(grad), pointer<uint8_t>(index), pointer<float>(weight), pointer<float>(std),
+                              pointer(dx), dtype(dx_dtype), nhwk[0], nhwk[1], nhwk[2], nhwk[3], pool, channels_last},
+                             device, pointer(stream));
 }
 #endif
 
@@ -152,7 +200,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("block_matmul_bwd_input_cpu", &block_matmul_bwd_input_cpu, no_gil);
   module.def("block_matmul_bwd_weight_cpu", &block_matmul_bwd_weight_cpu, no_gil);
 #ifdef RTK_HAS_CUDA
+  module.def("pgd_step_cuda", &pgd_step_on_stream, no_gil);
   module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
+  module.def("fold_weights_cuda", &fold_weights_on_stream, no_gil);
+  module.def("fused_conv2d_cuda", &fused_conv2d_on_stream, no_gil);
+  module.def("stem_conv2d_cuda", &stem_conv2d_on_stream, no_gil);
+  module.def("stem_conv2d_bwd_input_cuda", &stem_conv2d_bwd_input_on_stream, no_gil);
 #endif
 }
 

@@ -75,6 +75,50 @@ struct BlockMatmul {
   int64_t m, n, k, bn, bk;
 };
 
+// out = epilogue(conv(x, w)), bf16, activations N, H, W, C and weights K, R, S, C in memory, dense: add
+// bias (f32) and residual (at pixels divisible by residual_stride), ReLU, 0 where the gate's bit is 0.
+// gate, and positive, which is written (out > 0), have a bit a channel, K / 16 words of 16 bits a pixel:
+// channel 64 a + 8 b + 2 q + e is bit 8 e + b of word 4 a + q. All of these may be null; a gate comes
+// without bias and ReLU, positive with a ReLU. With upsample 2 zeros stand between x's pixels.
+struct FusedConv2d {
+  const void *x, *w, *bias, *residual, *gate;
+  void *out, *positive;
+  int n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride;
+  bool relu;
+  // The tile: channels (64, 128, 256), 64-pixel blocks a warpgroup (1, 2), how the input is fed, and
+  // its box of pixels, 2^bn_log2 images x 2^bw_log2 columns x what remains in rows.
+  int tile_channels, tile_blocks;
+  bool halo, resident;
+  int bn_log2, bw_log2;
+};
+
+// A ResNet's first convolution, fused: out = relu(conv((x - mean) / std, weight) + bias), bf16 and
+// channels_last. pool: the ImageNet stem, 7x7, stride 2, padding 3, then max-pool 3x3, stride 2, padding
+// 1, whose index (0 to 8 in the window) goes to `index`; else 3x3, stride 1, padding 1. x: f32 | bf16,
+// (n, 3, h, w) under any strides; weight (k, 3, r, s), bias (k), mean and std (3): f32, dense.
+struct StemConv2d {
+  const void* x;
+  DType x_dtype;
+  int64_t x_strides[4];
+  const float *weight, *bias, *mean, *std;
+  void* out;
+  uint8_t* index;
+  int64_t n, h, w, k;
+  bool pool;
+};
+
+// Its gradient in x. grad: bf16, like the forward's out, already 0 where out is 0; dx: f32 | bf16,
+// (n, 3, h, w), dense, in the asked layout.
+struct StemConv2dBwdInput {
+  const void* grad;
+  const uint8_t* index;
+  const float *weight, *std;
+  void* dx;
+  DType dx_dtype;
+  int64_t n, h, w, k;
+  bool pool, channels_last;
+};
+
 // One instruction set's compilation of every op.
 struct CpuOps {
   void (*pgd_step)(const PgdStep&, int threads);
@@ -99,6 +143,14 @@ std::vector<std::string> built_isas();
 #ifdef RTK_HAS_CUDA
 // Queued on the stream of the device; throws std::runtime_error with CUDA's name of a failed launch.
 void prepare_weight_cuda(const PrepareWeight&, int device, void* stream);
+// Folds masks and batch norms into `layers` weights, rows of the device table that is described in
+// cuda/fold_weights.cu; `tiles` is the sum of their tiles.
+void fold_weights_cuda(const void* table, int layers, int64_t tiles, int device, void* stream);
+// L2 only; x may be bf16 too. Each tensor is dense, all in one memory order.
+void pgd_step_cuda(const PgdStep&, int device, void* stream);
+void fused_conv2d_cuda(const FusedConv2d&, int device, void* stream);
+void stem_conv2d_cuda(const StemConv2d&, int device, void* stream);
+void stem_conv2d_bwd_input_cuda(const StemConv2dBwdInput&, int device, void* stream);
 #endif
 
 }  // namespace rtk

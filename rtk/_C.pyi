@@ -57,6 +57,27 @@ def pgd_step_cpu(
 ) -> None:
     """One PGD step on n images of chw elements, all buffers dense in one memory order."""
 
+def pgd_step_cuda(
+    x_adv_ptr: int,
+    x_adv_dt: int,
+    grad_ptr: int,
+    grad_dt: int,
+    x_ptr: int,
+    x_dt: int,
+    out_ptr: int,
+    n: int,
+    chw: int,
+    eps: float,
+    step_size: float,
+    l2: bool,
+    clip_min: float,
+    clip_max: float,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """pgd_step_cpu for L2 on device memory, queued on a raw stream; absent without CUDA."""
+
 def pgd_init_cpu(
     x_ptr: int,
     x_dt: int,
@@ -122,6 +143,16 @@ def prepare_weight_cuda(
 ) -> None:
     """prepare_weight_cpu on device memory, queued on a raw stream; absent without CUDA."""
 
+def fold_weights_cuda(
+    table_ptr: int,
+    layers: int,
+    tiles: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Fold masks and batch norms into all weights of the device table, queued on a raw stream."""
+
 def block_matmul_cpu(
     x_ptr: int,
     w_ptr: int,
@@ -168,3 +199,37 @@ def block_matmul_bwd_weight_cpu(
     /,
 ) -> None:
     """dw = mask * (grad^T @ x); dmask per block = sum(w * (grad^T @ x)); a pointer of 0 skips."""
+
+def stem_conv2d_cuda(
+    x_ptr: int,
+    x_dt: int,
+    x_strides: Sequence[int],
+    weight_ptr: int,
+    bias_ptr: int,
+    mean_ptr: int,
+    std_ptr: int,
+    out_ptr: int,
+    index_ptr: int,
+    nhwk: Sequence[int],
+    pool: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Normalise, 7x7/2 convolution, bias, ReLU, max-pool (pool), or 3x3/1 without; NHWC bf16."""
+
+def stem_conv2d_bwd_input_cuda(
+    grad_ptr: int,
+    index_ptr: int,
+    weight_ptr: int,
+    std_ptr: int,
+    dx_ptr: int,
+    dx_dt: int,
+    nhwk: Sequence[int],
+    pool: bool,
+    channels_last: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """The gradient of stem_conv2d_cuda in x, dense in the asked layout."""

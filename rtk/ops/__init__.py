@@ -2,20 +2,33 @@
 
 from rtk.ops._registry import BACKENDS, backend
 from rtk.ops.block_matmul import block_matmul
+from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
+from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
+from rtk.ops.gaussian_noise import gaussian_noise
 from rtk.ops.masked_conv2d import masked_conv2d
 from rtk.ops.pgd_init import pgd_init
 from rtk.ops.pgd_step import pgd_step
 from rtk.ops.prepare_weight import prepare_weight
+from rtk.ops.stem_conv2d import stem_conv2d, stem_conv2d_bwd_input
 from rtk.ops.topk_mask import topk_mask, topk_mask_global
 
 __all__ = [
     "BACKENDS",
     "backend",
     "block_matmul",
+    "FoldedLayer",
+    "FoldLayer",
+    "FoldPlan",
+    "fused_conv2d",
+    "fused_conv2d_bwd_input",
+    "gaussian_noise",
     "masked_conv2d",
     "pgd_init",
     "pgd_step",
     "prepare_weight",
+    "stem_conv2d",
+    "stem_conv2d_bwd_input",
     "topk_mask",
     "topk_mask_global",
+    "turn_filter",
 ]

@@ -40,6 +40,14 @@ CALLS = {
         (X, X - 0.5),
     ),
     "pgd_init": (lambda x: ops.pgd_init(x.detach(), eps=0.1, norm="l2", seed=7) * x, (X,)),
+    "pgd_init-seed": (
+        lambda x, s: ops.pgd_init(x.detach(), eps=0.1, seed=s.detach().long()) * x * s,
+        (X, torch.tensor([7.0])),
+    ),
+    "gaussian_noise": (
+        lambda x: ops.gaussian_noise(x.detach(), sigma=0.1, seed=7, dtype=torch.float64) * x,
+        (X,),
+    ),
 }
 
 

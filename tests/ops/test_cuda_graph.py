@@ -28,7 +28,19 @@ CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "topk_mask_global": lambda x, w: ops.topk_mask_global([x, w], 150),
     "pgd_step-linf": lambda x, w: [ops.pgd_step(x, x - 0.5, x, eps=0.1, step_size=0.2)],
     "pgd_step-l2": lambda x, w: [ops.pgd_step(x, x - 0.5, x, eps=0.1, step_size=0.2, norm="l2")],
+    "pgd_step-compact": lambda x, w: [
+        ops.pgd_step(x, (x - 0.5).bfloat16(), (x * 255).byte(), eps=0.1, step_size=0.2, norm=norm)
+        for norm in ("linf", "l2")
+    ],
     "pgd_init": lambda x, w: [ops.pgd_init(x, eps=0.1, seed=3)],
+    "pgd_init-seed": lambda x, w: [
+        ops.pgd_init(x, eps=0.1, norm=norm, seed=w[0, 0, 0, :1].view(torch.int32).long())
+        for norm in ("linf", "l2")
+    ],
+    "gaussian_noise": lambda x, w: [ops.gaussian_noise(x, sigma=0.1, seed=3)],
+    "gaussian_noise-seed": lambda x, w: [
+        ops.gaussian_noise(x, sigma=0.1, seed=w[0, 0, 0, :1].view(torch.int32).long())
+    ],
 }
 
 

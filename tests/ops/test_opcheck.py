@@ -26,6 +26,16 @@ OUT = (2, 6, 4, 8)  # of (2, 4, 7, 6) under CONV with a 3x3 filter
 LINF = {"eps": 0.1, "norm": "linf", "clip_min": 0.0, "clip_max": 1.0}
 L2 = LINF | {"norm": "l2"}
 STEP = {"step_size": 0.05}
+NOISE = {"sigma": 0.3, "dtype": torch.float32}
+FUSED = {
+    "relu": False,
+    "stride": 1,
+    "padding": 1,
+    "upsample": 1,
+    "out_size": None,
+    "residual_stride": 1,
+    "save_positive": False,
+}
 
 
 def samples() -> dict[str, list[tuple[tuple, dict]]]:
@@ -42,6 +52,7 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
     image, image_last = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5).to(memory_format=LAST)
     bytes_ = (image * 255).to(torch.uint8)
     scores = [torch.randn(3, 4), torch.randn(5), torch.randn(0)]
+    w_full, small = randn(6, 4, 3, 3, grad=True), randn(2, 6, 7, 6)
     return {
         "masked_conv2d": [
             ((x, w, m, bias, *CONV), {}),
@@ -76,6 +87,15 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((randn(2, 5, 4), bx.detach(), bw.detach(), blocks, [2, 3], [True, False]), {}),
             ((randn(2, 5, 4), bx.detach(), bw.detach(), blocks.float(), [2, 3], [True, True]), {}),
         ],
+        "fused_conv2d": [
+            ((x, w_full, bias, None, None), FUSED | {"relu": True, "stride": 2}),
+            ((half.detach(), w_full.detach().bfloat16(), None, None, None), FUSED),
+            (
+                (x_last.detach(), w_full.detach(), None, small, randn(2, 6, 14, 12)),
+                FUSED | {"upsample": 2, "out_size": [14, 12], "residual_stride": 2},
+            ),
+            ((empty, w_full, None, None, None), FUSED),
+        ],
         "topk_mask": [((scores, [3, 5, 0]), {})],
         "topk_mask_global": [((scores, 9), {})],
         "pgd_step": [
@@ -87,20 +107,31 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((image.clone().requires_grad_(),), LINF | {"seed": 3}),
             ((bytes_,), LINF | {"seed": 3}),
             ((image_last,), L2 | {"seed": 2**40}),
+            ((image, torch.tensor([5])), L2 | {"seed": 0}),
+        ],
+        "gaussian_noise": [
+            ((image.clone().requires_grad_(),), NOISE | {"seed": 3}),
+            ((bytes_,), NOISE | {"seed": 3}),
+            ((image_last, torch.tensor(5)), NOISE | {"seed": 0, "dtype": torch.bfloat16}),
         ],
     }
 
 
 LAST = torch.channels_last
-SAMPLES = [(name, i) for name, calls in samples().items() for i in range(len(calls))]
+SAMPLES = [
+    (name, i, backend)
+    for name, calls in samples().items()
+    for i in range(len(calls))
+    for backend in ("reference", "cpu")
+    if any(backend == implementation.backend for implementation in ops[name].implementations)
+]
 
 
 def test_every_operator_has_a_sample():
     assert set(samples()) == set(ops)
 
 
-@pytest.mark.parametrize("backend_name", ["reference", "cpu"])
-@pytest.mark.parametrize(("name", "index"), SAMPLES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "index", "backend_name"), SAMPLES, ids=lambda value: str(value))
 def test_opcheck(name, index, backend_name):
     args, kwargs = samples()[name][index]
     with forced(backend_name):
