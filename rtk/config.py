@@ -84,13 +84,21 @@ class AttackConfig:
     """How adversarial examples are made; the radius is in [0, 1] pixel scale.
 
     Args:
-        name: none or pgd.
+        name: none, pgd, fgsm, fast, free (training only), apgd-ce, square, smoothing (Gaussian
+            noise), autoattack or foolbox:CLASS; docs/attacks.md tells them apart.
         norm: linf or l2.
         eps: radius, e.g. 0.0314 (8/255).
-        step_size: length of a step; null is 2 eps / 3 where steps <= 3 and eps / 4 elsewhere.
-        steps: number of gradient steps.
-        random_start: start at a random point of the ball instead of at the image.
+        step_size: length of a step of pgd, fast or free; null is, for pgd, 2 eps / 3 where steps
+            <= 3 and eps / 4 elsewhere, for fast 1.25 eps, for free eps.
+        steps: number of gradient steps of pgd and apgd-ce (which wants 100 in an evaluation).
+        random_start: start at a random point of the ball instead of at the image (pgd).
         bn_mode: batch norm while attacking: eval (running statistics) or train (batch statistics).
+        restarts: random starts of pgd and apgd-ce; each image keeps the worst.
+        keep_best: pgd keeps each image's iterate with the highest loss, not its last.
+        early_stop: pgd keeps an image once it is misclassified (evaluation only).
+        queries: of square, for each image.
+        replays: of free: weight and image updates on each batch.
+        sigma: of smoothing: standard deviation of the noise.
     """
 
     name: str = "none"
@@ -100,6 +108,12 @@ class AttackConfig:
     steps: int = 3
     random_start: bool = True
     bn_mode: str = "eval"
+    restarts: int = 1
+    keep_best: bool = False
+    early_stop: bool = False
+    queries: int = 5000
+    replays: int = 4
+    sigma: float = 0.25
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, NORMS)
@@ -112,18 +126,51 @@ class AttackConfig:
             self.step_size,
         )
         _require(self.steps >= 0, "attack.steps", "a number of steps >= 0", self.steps)
+        _require(self.restarts >= 1, "attack.restarts", "at least 1 start", self.restarts)
+        _require(
+            self.restarts == 1 or self.random_start,
+            "attack.restarts",
+            "1 without random_start, as starts from the image are all alike",
+            self.restarts,
+        )
+        _require(self.queries >= 0, "attack.queries", "a number of queries >= 0", self.queries)
+        _require(self.replays >= 1, "attack.replays", "at least 1 pass a batch", self.replays)
+        _require(self.sigma >= 0, "attack.sigma", "a deviation >= 0 in pixel scale", self.sigma)
 
     @property
     def resolved_step_size(self) -> float:
-        """`step_size`, or its default: 2 eps / 3 (Salman et al. 2020) or eps / 4."""
+        """`step_size`, or its default.
+
+        For pgd 2 eps / 3 (Salman et al. 2020) or eps / 4, for fast 1.25 eps (Wong et al. 2020), for
+        free eps (Shafahi et al. 2019).
+        """
         if self.step_size is not None:
             return self.step_size
+        if self.name in ("fast", "free"):
+            return 1.25 * self.eps if self.name == "fast" else self.eps
         return 2 * self.eps / 3 if self.steps <= 3 else self.eps / 4
 
     @property
     def label(self) -> str:
-        """A short name for tables and files: natural, pgd-linf-0.1."""
-        return "natural" if self.name == "none" else f"{self.name}-{self.norm}-{self.eps:.4g}"
+        """A short name for tables and files: natural, pgd-linf-0.1, smoothing-0.25."""
+        if self.name == "none":
+            return "natural"
+        if self.name == "smoothing":
+            return f"smoothing-{self.sigma:.4g}"
+        return f"{self.name.replace(':', '-')}-{self.norm}-{self.eps:.4g}"
+
+    @property
+    def summary(self) -> str:
+        """The label and how hard the attack tries: pgd-linf-0.1, 20 steps, 5 restarts."""
+        parts = [self.label]
+        if self.name in ("pgd", "apgd-ce"):
+            parts.append(f"{self.steps} steps")
+            if self.restarts > 1:
+                parts.append(f"{self.restarts} restarts")
+        if self.name == "square":
+            parts.append(f"{self.queries} queries")
+        parts += [name for name in ("keep_best", "early_stop") if getattr(self, name)]
+        return ", ".join(parts).replace("keep_best", "best iterate").replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -144,6 +191,7 @@ class TrainConfig:
         label_smoothing: of the cross-entropy.
         amp: auto (bf16 on a GPU), bf16 or none (fp32).
         channels_last: auto (on a GPU), yes or no.
+        graph: auto (on a GPU, one CUDA graph a training step where it can be captured) or no.
         eval_every: epochs between two looks at the test images; 0 looks once, at the end.
         checkpoint_seconds: seconds between two checkpoints inside an epoch (one also after each).
     """
@@ -161,6 +209,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     amp: str = "auto"
     channels_last: str = "auto"
+    graph: str = "auto"
     eval_every: int = 0
     checkpoint_seconds: float = 300.0
 
@@ -192,6 +241,7 @@ class TrainConfig:
         check_choice("schedule", self.schedule, ("multistep", "cosine", "constant"))
         check_choice("amp", self.amp, ("auto", "bf16", "none"))
         check_choice("channels_last", self.channels_last, ("auto", "yes", "no"))
+        check_choice("graph", self.graph, ("auto", "no"))
 
 
 @dataclass(frozen=True)
@@ -225,13 +275,23 @@ class PretrainConfig(StageConfig):
         data: the source images.
         model: the network.
         train: the optimisation.
-        attack: none for natural pretraining, pgd for robust pretraining.
+        attack: none for natural pretraining, pgd for robust pretraining; fast and free are cheaper,
+            smoothing trains for certificates.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            not self.attack.early_stop,
+            "attack.early_stop",
+            "false while training, as it waits for the GPU in every iteration",
+            self.attack.early_stop,
+        )
 
 
 @dataclass(frozen=True)
@@ -295,19 +355,66 @@ def _pgd20() -> AttackConfig:
 
 
 @dataclass(frozen=True)
+class CertifyConfig:
+    """Certified accuracy of the network smoothed by Gaussian noise (Cohen et al. 2019), in L2.
+
+    Args:
+        sigma: standard deviation of the noise in [0, 1] pixel scale, the one of the pretraining;
+            null certifies nothing.
+        n0: noisy copies of an image that select its class.
+        n: noisy copies that estimate how often that class wins.
+        alpha: probability that a certificate is wrong.
+        images: how many test images are certified, evenly spaced; null is all.
+        batch_size: noisy copies at a time.
+        radii: L2 radii at which certified accuracy is reported.
+    """
+
+    sigma: float | None = None
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    images: int | None = 500
+    batch_size: int = 1000
+    radii: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.sigma is None or self.sigma > 0,
+            "certify.sigma",
+            "a deviation > 0 in pixel scale, or null",
+            self.sigma,
+        )
+        for name in ("n0", "n", "batch_size"):
+            _require(getattr(self, name) >= 1, f"certify.{name}", "at least 1", getattr(self, name))
+        _require(0 < self.alpha < 1, "certify.alpha", "a probability in (0, 1)", self.alpha)
+        _require(
+            self.images is None or self.images >= 1,
+            "certify.images",
+            "at least 1 image, or null",
+            self.images,
+        )
+        _require(
+            all(radius >= 0 for radius in self.radii), "certify.radii", "radii >= 0", self.radii
+        )
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(StageConfig):
-    """Measure accuracy, natural and adversarial, on the test images.
+    """Measure accuracy, natural, adversarial and certified, on the test images.
 
     Args:
         checkpoint: the network: a run's folder or its checkpoint.safetensors.
         data: the images; an empty name takes those the network was trained on.
-        attack: pgd for adversarial accuracy (PGD-20, Linf 8/255 by default), or none.
+        attack: pgd for adversarial accuracy (PGD-20, Linf 8/255 by default), apgd-ce or square for
+            a stronger check, or none.
+        certify: certified accuracy of the smoothed network; none by default.
         batch_size: images at a time.
     """
 
     checkpoint: str = ""
     data: DataConfig = field(default_factory=lambda: DataConfig(name=""))
     attack: AttackConfig = field(default_factory=_pgd20)
+    certify: CertifyConfig = field(default_factory=CertifyConfig)
     batch_size: int = 256
 
     def __post_init__(self) -> None:

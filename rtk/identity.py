@@ -15,7 +15,7 @@ from rtk.errors import RtkError, did_you_mean
 from rtk.runs import atomic_write, lock_folder
 
 # Settings that say where or how a run is executed, not what it computes: not part of its identity.
-_NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds"}
+_NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds", "graph"}
 
 C = TypeVar("C")
 

@@ -1,40 +1,33 @@
-"""Attacks: callables `attack(model, x, y) -> x_adv`, by name for the stages."""
+"""Attacks: callables `attack(model, x, y) -> x_adv`, by name for the stages.
 
-from __future__ import annotations
+An attack may have a method `after_epoch(model, x, y)`: the training loop calls it once an epoch,
+with the epoch's last batch (see `Fast`). docs/attacks.md tells what each is for.
+"""
 
-from collections.abc import Callable
+from rtk.attacks.apgd import APGD
+from rtk.attacks.checks import check_labels
+from rtk.attacks.external import AutoAttack, Foolbox
+from rtk.attacks.fast import Fast
+from rtk.attacks.fgsm import FGSM
+from rtk.attacks.free import Free
+from rtk.attacks.named import Attack, attacks, create, takes_only
+from rtk.attacks.pgd import PGD
+from rtk.attacks.smoothing import Smoothing
+from rtk.attacks.square import Square
 
-from torch import Tensor, nn
-
-from rtk.attacks.pgd import PGD, check_labels
-from rtk.config import AttackConfig
-from rtk.registry import Registry
-
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-attacks: Registry[Callable[[AttackConfig], Attack | None]] = Registry("attack")
-
-
-@attacks.register("none")
-def _none(config: AttackConfig) -> None:
-    return None
-
-
-@attacks.register("pgd")
-def _pgd(config: AttackConfig) -> Attack:
-    return PGD(
-        norm=config.norm,
-        eps=config.eps,
-        step_size=config.resolved_step_size,
-        steps=config.steps,
-        random_start=config.random_start,
-        bn_mode=config.bn_mode,
-    )
-
-
-def create(config: AttackConfig) -> Attack | None:
-    """Return the attack that `config` names; None for "none"."""
-    return attacks.get(config.name)(config)
-
-
-__all__ = ["PGD", "Attack", "attacks", "check_labels", "create"]
+__all__ = [
+    "APGD",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "Fast",
+    "Foolbox",
+    "Free",
+    "Smoothing",
+    "Square",
+    "attacks",
+    "check_labels",
+    "create",
+    "takes_only",
+]

@@ -1,7 +1,8 @@
 """The gradient of a loss in the image: what every gradient attack asks of a model.
 
 `input_gradient` opens a view of the model whose weights are constants, and gives a function that an
-attack calls once an iteration. How the gradient is computed is decided here and nowhere else.
+attack calls once an iteration. How the gradient is computed is decided here and nowhere else: by
+autograd, or by a program of fused operators (`rtk.attacks.fused`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rtk.attacks.casts import CastOnce
+from rtk.attacks.fused import Route
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -39,17 +43,31 @@ def input_gradient(
 
     Yields:
         gradient(x, y) -> (d loss / d x, logits), both detached; x is (N, C, H, W).
+
+    A ResNet-like model in eval mode, on a GPU and under autocast to bf16, runs as a program of
+    fused operators (RTK_FUSED_ATTACK=0 turns that off). Its gradient is in bf16, whatever the dtype
+    of `x`: that is the precision which the gradients of its activations have either way. A model's
+    first gradient is compared with autograd's, and if they differ autograd stays, with a warning.
     """
+    casts = CastOnce()
+    route = Route(model, loss, autograd_gradient, bn_mode)
 
     def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(x)
-            (grad,) = torch.autograd.grad(loss(logits, y).sum(), x)
-        return grad, logits.detach()
+        with casts:
+            fused = route(x, y)
+            return autograd_gradient(model, x, y, loss) if fused is None else fused
 
     with frozen_view(model, bn_mode):
         yield gradient
+
+
+def autograd_gradient(model: nn.Module, x: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+    """Return (d loss / d x, logits) of a model as it is, both detached."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(x)
+        (grad,) = torch.autograd.grad(loss(logits, y).sum(), x)
+    return grad, logits.detach()
 
 
 @contextlib.contextmanager

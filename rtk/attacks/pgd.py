@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from rtk import ops
-from rtk.attacks.gradient import cross_entropy, input_gradient
+from rtk.attacks.best import Best
+from rtk.attacks.checks import Guard
+from rtk.attacks.gradient import Gradient, input_gradient
+from rtk.attacks.precision import accepting, loss_to_climb
+from rtk.attacks.seeds import Seed, draw_seed, following
 from rtk.errors import RtkError, check_choice
 
 
@@ -16,17 +20,30 @@ from rtk.errors import RtkError, check_choice
 class PGD:
     """An attack: `attack(model, x, y)` returns adversarial images.
 
-    It climbs the cross-entropy by `steps` steps of `rtk.ops.pgd_step`. Only the gradient in the
-    image is computed, and the model is left as it was found.
+    It climbs the cross-entropy by `steps` steps of `rtk.ops.pgd_step` (arXiv 1706.06083). Only the
+    gradient in the image is computed, and the model is left as it was found.
 
     Args:
         norm: "linf" or "l2".
-        eps: radius in [0, 1] pixel scale, e.g. 8/255.
+        eps: radius in [0, 1] pixel scale, e.g. 8/255; 0 gives the image.
         step_size: length of a step, same scale.
         steps: number of gradient steps; 0 returns the (clipped) start.
         random_start: start at a random point of the ball, drawn from torch's global generator.
         bn_mode: batch norm while attacking: "eval" uses the running statistics and leaves them
             alone; "train" uses the batch's, and updates the running ones, as in training.
+        targeted: `y` are the labels to reach; their loss is descended.
+        restarts: number of random starts, >= 1; each image keeps the end with the highest loss
+            (for a target: the lowest).
+        keep_best: keep, for each image, the best iterate of all steps and restarts instead of the
+            last; one more forward pass a restart tells how good the last one is.
+        early_stop: an image that is misclassified (has reached its target) is kept as it is, and
+            computed no longer once half of the batch is. For evaluation: it synchronises in every
+            iteration.
+        count_nonfinite: count the gradients that are NaN or infinite, for `check_finite`; for
+            evaluation (see `rtk.attacks.checks`).
+
+    Raises:
+        RtkError: for an unknown norm or mode, a negative number, options that exclude each other.
     """
 
     norm: str = "linf"
@@ -35,76 +52,106 @@ class PGD:
     steps: int = 10
     random_start: bool = True
     bn_mode: str = "eval"
-    _checked: bool = field(default=False, init=False, repr=False, compare=False)
+    targeted: bool = field(default=False, kw_only=True)
+    restarts: int = field(default=1, kw_only=True)
+    keep_best: bool = field(default=False, kw_only=True)
+    early_stop: bool = field(default=False, kw_only=True)
+    count_nonfinite: bool = field(default=False, kw_only=True, compare=False)
+    _guard: Guard = field(default_factory=Guard, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("bn_mode", self.bn_mode, ("eval", "train"))
-        for name in ("eps", "step_size", "steps"):
-            if getattr(self, name) < 0:
-                raise RtkError(f"PGD: {name} must be >= 0, got {getattr(self, name)}")
+        for setting in ("eps", "step_size", "steps"):
+            value = getattr(self, setting)
+            if not value >= 0:  # a NaN neither
+                raise RtkError(f"{name}: {setting} must be >= 0, got {value}")
+        if self.restarts < 1:
+            raise RtkError(f"{name}: restarts must be >= 1, got {self.restarts}")
+        if self.restarts > 1 and not self.random_start:
+            raise RtkError(f"{name}: restarts from the same image are all alike; use random_start")
+        if self.early_stop and self.bn_mode == "train":
+            raise RtkError(
+                f"{name}: early_stop makes the batch smaller, which bn_mode='train' would see; "
+                "use bn_mode='eval'"
+            )
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, seed: int | None = None) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, seed: Seed | None = None) -> Tensor:
         """Return adversarial images for `model`.
 
         Args:
-            model: takes images in [0, 1] (it normalises inside) and returns logits.
-            x: (N, C, H, W) images in [0, 1].
+            model: takes images in [0, 1] (it normalises inside) and returns logits; where its
+                weights have another dtype than `x` (half precision), the images are cast for it.
+            x: (N, C, H, W) images in [0, 1], floating; N may be 0.
             y: (N,) int64 labels.
-            seed: of the random start; drawn from torch's generator where None.
+            seed: of the random start, in [0, 2**63), or a one-element int64 tensor; drawn from
+                torch's generator where None.
+
+        Returns:
+            A new tensor like `x`, within `eps` of it and in [0, 1].
 
         Raises:
-            RtkError: for images that are not floating; on the first batch, for images outside
-                [0, 1] or NaN, or labels that the model has no class for. Later batches are not
-                looked at: that would synchronise.
+            RtkError: for images that are not floating or labels that are not one an image; on the
+                first batch, for images outside [0, 1] or NaN, labels that the model has no class
+                for, and gradients that are NaN or infinite. Later batches are not looked at: that
+                would synchronise.
         """
-        if not x.is_floating_point():
-            raise RtkError(f"attack: images must be floating, in [0, 1], got {x.dtype}")
-        if not self._checked:
-            _check_images(x)
-        x_adv = x = x.detach()
-        if self.random_start:
+        x = x.detach()
+        network = accepting(model, x)
+        loss = loss_to_climb(network, x, targeted=self.targeted)
+        with self._guard.batch(network, x, y, count=self.count_nonfinite) as watch:
+            if len(x) == 0:
+                return x.clone()
             if seed is None:
-                seed = int(torch.randint(2**63 - 1, ()))
-            x_adv = ops.pgd_init(x_adv, eps=self.eps, norm=self.norm, seed=seed)
-        elif self.steps == 0:
-            x_adv = x_adv.clamp(0, 1)
-        with input_gradient(model, bn_mode=self.bn_mode, loss=self._loss) as gradient:
+                seed = self.draw_seed()
+            with input_gradient(network, bn_mode=self.bn_mode, loss=loss) as gradient:
+                return self._search(network, watch(gradient), x, y, seed)
+
+    def draw_seed(self) -> int | None:
+        """Return the seed of one call, drawn from torch's global generator; None without a start.
+
+        A CUDA graph draws it before each replay and gives it as a tensor.
+        """
+        return draw_seed() if self.random_start else None
+
+    def check_finite(self) -> None:
+        """Raise an RtkError if `count_nonfinite` counted any since the last call; synchronises."""
+        self._guard.check()
+
+    def _search(
+        self,
+        model: nn.Module,
+        gradient: Gradient,
+        x: Tensor,
+        y: Tensor,
+        seed: Seed | None,
+    ) -> Tensor:
+        choosing = self.restarts > 1 or self.keep_best or self.early_stop
+        best = Best(x, y, self.targeted, self.early_stop) if choosing else None
+        for restart in range(self.restarts):
+            x_adv = self._start(x, seed, restart)
             for _ in range(self.steps):
-                grad, _ = gradient(x_adv, y)
+                grad, logits = gradient(x_adv, y)
+                if best is not None:
+                    best.offer(x_adv, logits, eligible=self.keep_best)
+                    if self.early_stop and (rest := best.drop_finished()) is not None:
+                        x, y, x_adv, grad = x[rest], y[rest], x_adv[rest], grad[rest]
+                        if len(x) == 0:
+                            return best.images()
                 x_adv = ops.pgd_step(
-                    x_adv,
-                    grad,
-                    x,
-                    eps=self.eps,
-                    step_size=self.step_size,
-                    norm=self.norm,
+                    x_adv, grad, x, eps=self.eps, step_size=self.step_size, norm=self.norm
                 )
-        return x_adv
+            if best is not None:
+                with torch.no_grad():
+                    best.offer(x_adv, model(x_adv), eligible=True)
+                if self.early_stop and (rest := best.drop_finished()) is not None:
+                    x, y = x[rest], y[rest]
+                    if len(x) == 0:
+                        return best.images()
+        return x_adv if best is None else best.images()
 
-    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        if not self._checked:  # before the loss: on a GPU a wrong label would end the process
-            check_labels(y, logits)
-            self._checked = True
-        return cross_entropy(logits, y)
-
-
-def _check_images(x: Tensor) -> None:
-    if x.numel() == 0:
-        return
-    low, high = x.aminmax()
-    if not (low >= 0 and high <= 1):  # a NaN fails both
-        raise RtkError(
-            f"attack: images must lie in [0, 1] and be finite, got {low.item():.4g} to "
-            f"{high.item():.4g}; give pixels / 255 and let the model normalise"
-        )
-
-
-def check_labels(y: Tensor, logits: Tensor) -> None:
-    """Raise an RtkError unless every label has a logit."""
-    classes = logits.shape[1]
-    if y.numel() and not (y.min() >= 0 and y.max() < classes):
-        raise RtkError(
-            f"labels must be in [0, {classes}), the model's classes, got {y.min().item()} to "
-            f"{y.max().item()}"
-        )
+    def _start(self, x: Tensor, seed: Seed | None, restart: int) -> Tensor:
+        if not self.random_start or seed is None:
+            return x.clamp(0, 1) if self.steps == 0 else x
+        return ops.pgd_init(x, eps=self.eps, norm=self.norm, seed=following(seed, restart))

@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +211,58 @@ def test_an_unfinished_checkpoint_is_refused(config, tmp_path, transferred):
     with pytest.raises(RtkError, match="stopped at epoch 1; give the same command again"):
         evaluate.run(dataclasses.replace(config, checkpoint=str(path)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("attack", "summary"),
+    [
+        (AttackConfig("apgd-ce", eps=0.1, steps=5), "apgd-ce-linf-0.1, 5 steps"),
+        (AttackConfig("square", eps=0.1, queries=20), "square-linf-0.1, 20 queries"),
+        (
+            AttackConfig("pgd", eps=0.1, steps=3, restarts=2, early_stop=True),
+            "pgd-linf-0.1, 3 steps, 2 restarts, early stop",
+        ),
+        (AttackConfig("smoothing", sigma=0.5), "smoothing-0.5"),
+    ],
+    ids=lambda value: value.name if isinstance(value, AttackConfig) else "",
+)
+def test_stronger_attacks_by_name(config, attack, summary):
+    result = run(dataclasses.replace(config, attack=attack))
+    assert result["attack"] == summary
+    assert 0 <= result["pgd_top1"] <= result["top1"]
+
+
+def test_more_restarts_never_look_more_robust(config, tmp_path):
+    def attacked(restarts):
+        attack = AttackConfig("pgd", eps=0.15, steps=3, restarts=restarts, early_stop=True)
+        out = str(tmp_path / str(restarts))
+        return run(dataclasses.replace(config, out=out, attack=attack, batch_size=128))["pgd_top1"]
+
+    assert attacked(4) <= attacked(1)
+
+
+def test_free_is_refused(config):
+    with pytest.raises(RtkError, match="attack free is a way of training"):
+        evaluate.run(dataclasses.replace(config, attack=AttackConfig("free")))
+
+
+def test_gradients_that_are_not_finite_are_an_error_and_no_robustness(config, monkeypatch):
+    """They break after the first batch, which is looked at by itself."""
+    from rtk.attacks import pgd
+
+    calls = []
+
+    @contextlib.contextmanager
+    def broken(model, **options):
+        def gradient(x, y):
+            calls.append(len(x))
+            scale = 1.0 if len(calls) <= 3 else torch.nan
+            return torch.ones_like(x) * scale, model(x).detach()
+
+        yield gradient
+
+    monkeypatch.setattr(pgd, "input_gradient", broken)
+    with pytest.raises(RtkError, match=r"gradients .* not as robust as it looks"):
+        run(config)
+    assert len(calls) > 3
+    assert not (Path(config.out) / "result.json").exists()
