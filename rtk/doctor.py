@@ -81,6 +81,13 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     blocks = torch.ones(2, 2, dtype=torch.bool, device=device)
     ball = {"eps": 0.1, "norm": "linf", "clip_min": 0.0, "clip_max": 1.0}
     pixels = torch.rand(2, 3, 4, 4, device=device)
+    fused = {"relu": True, "stride": 1, "padding": 1, "upsample": 1, "out_size": None}
+    fused |= {"residual_stride": 1, "save_positive": False}
+    filter, three, eight = (torch.rand(size, device=device) for size in ((8, 3, 3, 3), 3, 8))
+    stem = {"stride": 1, "padding": 1, "pool": False}
+    stem_bwd = {**stem, "input_size": pixels.shape, "dtype": pixels.dtype, "channels_last": False}
+    upstream = torch.rand(2, 8, 4, 4, device=device, dtype=torch.bfloat16)
+    no_index = torch.empty(0, device=device, dtype=torch.uint8)
     return {
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
@@ -88,6 +95,10 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "masked_conv2d_bwd_weight": ((x, x, weight, mask, *conv, [True, False]), {}),
         "pgd_step": ((pixels, pixels, pixels), {**ball, "step_size": 0.1}),
         "pgd_init": ((pixels,), {**ball, "seed": 0}),
+        "fused_conv2d": ((x, weight.to(dtype), None, None, None), fused),
+        "gaussian_noise": ((pixels,), {"sigma": 0.25, "dtype": torch.float32, "seed": 0}),
+        "stem_conv2d": ((pixels, filter, eight, three, three), stem),
+        "stem_conv2d_bwd_input": ((upstream, no_index, filter, three), stem_bwd),
         "topk_mask": (([matrix], [3]), {}),
         "topk_mask_global": (([matrix], 3), {}),
         "block_matmul": ((rows, matrix, blocks, [4, 4]), {}),

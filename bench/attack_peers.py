@@ -1,0 +1,159 @@
+"""Adversarial training steps to compare with: what people use, and the best written by hand.
+
+Each maker takes (model, optimizer, attack) and returns step(x, y) -> loss. All climb the same PGD:
+Linf, random start, batch norm in eval while attacking.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rtk
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def ours(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
+    """rtk's step as users call it."""
+    return rtk.train.make_step(model, optimizer, attack)
+
+
+def ours_natural(model: nn.Module, optimizer: torch.optim.Optimizer, _: rtk.attacks.PGD) -> Step:
+    """rtk's natural step."""
+    return rtk.train.make_step(model, optimizer)
+
+
+def natural(model: nn.Module, optimizer: torch.optim.Optimizer, _: rtk.attacks.PGD) -> Step:
+    """Natural training, compiled, in one CUDA graph, bf16."""
+    compiled = torch.compile(model)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            loss = F.cross_entropy(compiled(x).float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return _graphed(step)
+
+
+def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
+    """The expert's best: compiled, bf16, one graph, attacking a view without weight gradients."""
+    view = copy.deepcopy(model).eval().requires_grad_(False)
+    for mine, theirs in zip(view.parameters(), model.parameters(), strict=True):
+        mine.data = theirs.data  # a view: no copy of the weights
+    for module, original in zip(view.modules(), model.modules(), strict=True):
+        module._buffers = original._buffers
+    compiled, compiled_view = torch.compile(model), torch.compile(view)
+
+    @torch.compile
+    def move(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        delta = (x_adv + attack.step_size * grad.sign() - x).clamp(-attack.eps, attack.eps)
+        return (x + delta).clamp(0, 1)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            x_adv = (x + torch.empty_like(x).uniform_(-attack.eps, attack.eps)).clamp(0, 1)
+            for _ in range(attack.steps):
+                x_adv = x_adv.detach().requires_grad_()
+                loss = F.cross_entropy(compiled_view(x_adv).float(), y)
+                (grad,) = torch.autograd.grad(loss, x_adv)
+                x_adv = move(x_adv.detach(), grad, x)
+            loss = F.cross_entropy(compiled(x_adv).float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return _graphed(step)
+
+
+def torchattacks(
+    model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD
+) -> Step:
+    """torchattacks' PGD in a plain loop, fp32 with TF32, as its users run it."""
+    package = pytest.importorskip("torchattacks")
+    pgd = package.PGD(model, eps=attack.eps, alpha=attack.step_size, steps=attack.steps)
+    return _eager_tf32(model, optimizer, pgd)
+
+
+def robustness(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
+    """robustness' attacker in a plain loop, fp32 with TF32; its model normalises inside as well."""
+    attacker = pytest.importorskip("robustness.attacker")
+    dataset = SimpleNamespace(mean=torch.zeros(3), std=torch.ones(3))
+    wrapped = attacker.AttackerModel(model, dataset).cuda()
+    options = {
+        "constraint": "inf",
+        "eps": attack.eps,
+        "step_size": attack.step_size,
+        "iterations": attack.steps,
+        "random_start": True,
+        "use_best": False,  # faster, and what the others do
+    }
+
+    def perturb(x: Tensor, y: Tensor) -> Tensor:
+        _, x_adv = wrapped(x, y, make_adv=True, **options)
+        return x_adv
+
+    return _eager_tf32(model, optimizer, perturb)
+
+
+def _eager_tf32(
+    model: nn.Module, optimizer: torch.optim.Optimizer, perturb: Callable[[Tensor, Tensor], Tensor]
+) -> Step:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        model.eval()
+        x_adv = perturb(x, y)
+        model.train()
+        loss = F.cross_entropy(model(x_adv), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _graphed(step: Step) -> Step:
+    """One CUDA graph over the whole step, with static inputs."""
+    held: dict[str, Tensor] = {}
+    graph = torch.cuda.CUDAGraph()
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        if not held:
+            held.update(x=torch.empty_like(x), y=torch.empty_like(y))
+            held["x"].copy_(x), held["y"].copy_(y)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(held["x"], held["y"])
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                held["loss"] = step(held["x"], held["y"])
+        held["x"].copy_(x), held["y"].copy_(y)
+        graph.replay()
+        return held["loss"]
+
+    return run
+
+
+PEERS: dict[str, Callable[..., Step]] = {
+    "robustness": robustness,
+    "torchattacks": torchattacks,
+    "by-hand": by_hand,
+    "rtk": ours,
+    "natural-by-hand": natural,
+    "natural-rtk": ours_natural,
+}
