@@ -28,7 +28,8 @@ def bench_attack(case, peer, measure, benchmark):
     arch, stem, size, batch, steps = CASES[case]
     benchmark.group = f"adversarial training step {case}, PGD-{steps}"
     torch.manual_seed(0)
-    model = rtk.models.create(rtk.models.ModelSpec(arch=arch, stem=stem, num_classes=1000))
+    spec = rtk.models.ModelSpec(arch, stem, 1.0, 1000, mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = rtk.models.create(spec)
     model = model.cuda().to(memory_format=torch.channels_last).train()
     hyper = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
     optimizer = torch.optim.SGD(model.parameters(), **hyper, fused=True)

@@ -105,16 +105,33 @@ void fold_weights_on_stream(Address table, int layers, int64_t tiles, int device
   fold_weights_cuda(pointer(table), layers, tiles, device, pointer(stream));
 }
 
+FusedConv2d fused_conv2d_args(Address x, Address w, Address bias, Address residual, Address gate, Address out,
+                              Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
+                              int residual_stride, bool relu, const std::array<int, 6>& tile) {
+  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
+  return {pointer(x), pointer(w), pointer(bias), pointer(residual), pointer(gate), pointer(out), pointer(positive),
+          n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride, relu,
+          tile[0], tile[1], tile[2] != 0, tile[3] != 0, tile[4], tile[5]};
+}
+
 void fused_conv2d_on_stream(Address x, Address w, Address bias, Address residual, Address gate, Address out,
-                            Address positive,
-                            const std::array<int, 9>& sizes, int stride, int padding, int upsample,
+                            Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
                             int residual_stride, bool relu, const std::array<int, 6>& tile, int device,
                             Address stream) {
-  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
-  fused_conv2d_cuda({pointer(x), pointer(w), pointer(bias), pointer(residual), pointer(gate), pointer(out), pointer(positive),
-                     n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride, relu,
-                     tile[0], tile[1], tile[2] != 0, tile[3] != 0, tile[4], tile[5]},
+  fused_conv2d_cuda(fused_conv2d_args(x, w, bias, residual, gate, out, positive, sizes, stride, padding, upsample,
+                                      residual_stride, relu, tile),
                     device, pointer(stream));
+}
+
+void positive_bits_on_stream(Address x, Address bits, int64_t count, int device, Address stream) {
+  positive_bits_cuda(pointer(x), pointer(bits), count, device, pointer(stream));
+}
+
+bool fused_conv2d_fits_args(Address x, Address w, Address bias, Address residual, Address gate, Address out,
+                            Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
+                            int residual_stride, bool relu, const std::array<int, 6>& tile) {
+  return fused_conv2d_fits(fused_conv2d_args(x, w, bias, residual, gate, out, positive, sizes, stride, padding,
+                                             upsample, residual_stride, relu, tile));
 }
 
 void stem_conv2d_on_stream(Address x, int x_dtype, const Four& x_strides, Address weight, Address bias, Address mean,
@@ -204,6 +221,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
   module.def("fold_weights_cuda", &fold_weights_on_stream, no_gil);
   module.def("fused_conv2d_cuda", &fused_conv2d_on_stream, no_gil);
+  module.def("fused_conv2d_fits", &fused_conv2d_fits_args, no_gil);
+  module.def("positive_bits_cuda", &positive_bits_on_stream, no_gil);
   module.def("stem_conv2d_cuda", &stem_conv2d_on_stream, no_gil);
   module.def("stem_conv2d_bwd_input_cuda", &stem_conv2d_bwd_input_on_stream, no_gil);
 #endif

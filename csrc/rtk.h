@@ -149,6 +149,9 @@ void fold_weights_cuda(const void* table, int layers, int64_t tiles, int device,
 // L2 only; x may be bf16 too. Each tensor is dense, all in one memory order.
 void pgd_step_cuda(const PgdStep&, int device, void* stream);
 void fused_conv2d_cuda(const FusedConv2d&, int device, void* stream);
+// The bits of x > 0, `count` bf16 values whose channels come in multiples of 64.
+void positive_bits_cuda(const void* x, void* bits, int64_t count, int device, void* stream);
+bool fused_conv2d_fits(const FusedConv2d&);  // whether its tile does, in shared memory; pointers: null or not
 void stem_conv2d_cuda(const StemConv2d&, int device, void* stream);
 void stem_conv2d_bwd_input_cuda(const StemConv2dBwdInput&, int device, void* stream);
 #endif

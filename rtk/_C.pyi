@@ -233,3 +233,48 @@ def stem_conv2d_bwd_input_cuda(
     /,
 ) -> None:
     """The gradient of stem_conv2d_cuda in x, dense in the asked layout."""
+
+def fused_conv2d_cuda(
+    x: int,
+    w: int,
+    bias: int,
+    residual: int,
+    gate: int,
+    out: int,
+    positive: int,
+    sizes: Sequence[int],
+    stride: int,
+    padding: int,
+    upsample: int,
+    residual_stride: int,
+    relu: bool,
+    tile: Sequence[int],
+    device: int,
+    stream: int,
+) -> None:
+    """Convolve bf16 tensors, N H W C and K R S C in memory; csrc/rtk.h, `FusedConv2d`.
+
+    Addresses are 0 where there is no such tensor. sizes: n, h, w, c, k, r, s, oh, ow; tile:
+    `rtk.ops._conv_tiles.Tile.arguments`. Raises ValueError for a tile that does not fit.
+    """
+
+def fused_conv2d_fits(
+    x: int,
+    w: int,
+    bias: int,
+    residual: int,
+    gate: int,
+    out: int,
+    positive: int,
+    sizes: Sequence[int],
+    stride: int,
+    padding: int,
+    upsample: int,
+    residual_stride: int,
+    relu: bool,
+    tile: Sequence[int],
+) -> bool:
+    """Return whether the tile fits, without touching the GPU."""
+
+def positive_bits_cuda(x: int, bits: int, count: int, device: int, stream: int) -> None:
+    """Write the bits of `rtk.ops.fused_conv2d.pack_positive` for count bf16 values, N H W K."""

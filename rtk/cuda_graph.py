@@ -11,7 +11,7 @@ import contextlib
 import gc
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -244,6 +244,24 @@ class Seed:
         self.arguments = {} if seed is None else {"seed": self._value}
         if seed is not None:
             self._value.fill_(seed)  # travels as a kernel's argument: nothing to wait for
+
+
+def renew_accumulators(parameters: Iterable[Tensor]) -> None:
+    """Let the next forward give each parameter a new node that gathers its gradient.
+
+    Such a node belongs to the stream of the forward that made it, and lives as long as any autograd
+    graph that it is part of. A module that keeps its last activation, or a caller that holds a
+    loss, on the default stream would keep a backward of the same weights from being captured. The
+    old graphs still accumulate into the same `grad`.
+    """
+    for parameter in parameters:
+        data = parameter.data
+        if type(data) is not Tensor:  # a subclass, whose memory is its own affair
+            continue
+        # autograd forgets the node when the dtype changes; the memory stays, nothing is copied.
+        other = torch.float32 if data.dtype != torch.float32 else torch.float64
+        parameter.data = data.new_empty(0, dtype=other)
+        parameter.data = data
 
 
 def model_state(model: nn.Module) -> list[object]:

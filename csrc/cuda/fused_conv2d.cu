@@ -43,7 +43,7 @@ constexpr int kConsumers = 2;          // warpgroups that multiply
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kMaxStages = 16, kMaxTaps = 9, kMaxClasses = 4;
 constexpr int kSharedBytes = 232448;   // what a block may have on sm_90
-constexpr int kMaxStaging = 2;         // buffers of a consumer
+constexpr int kMaxStaging = 4;         // buffers of a consumer
 constexpr int kBarrierBytes = 8 * (4 * kMaxStages + 2 * kConsumers * kMaxStaging);
 constexpr char kName[] = "fused_conv2d";
 
@@ -71,7 +71,7 @@ struct Parameters {
   int h_low, w_low;                    // halo: the smallest tap offsets
   int block_pitch;                     // rows of shared memory from one 64-pixel block to the next
   int tiles_k, tiles_n, tiles_w, tiles_h, classes, tiles;
-  int chunks, a_stages, b_stages;
+  int chunks, a_stages, b_stages, staging;
   uint32_t a_bytes;
   Class cls[kMaxClasses];
 };
@@ -204,7 +204,7 @@ __device__ __forceinline__ void finish(const Parameters& p, float* acc, const fl
 
 // What one thread does for a consumer: it fetches residuals into the staging buffers and stores what the
 // consumer leaves there. `full` and `done` are the first of the barriers of all consumers' buffers.
-template <int BN, int MB, bool kResident, int kStaging>
+template <int BN, int MB, bool kResident>
 __device__ void move_results(const Parameters& p, int consumer, uint32_t staging, uint32_t full, uint32_t done) {
   using namespace hopper;
   constexpr uint32_t kBytes = MB * 64 * kRow;
@@ -212,7 +212,7 @@ __device__ void move_results(const Parameters& p, int consumer, uint32_t staging
   const int first = kResident ? 0 : consumer * kRows;  // the consumer's box in the tile's
   const int first_n = first & ((1 << p.bn_log2) - 1);
   const int first_w = (first >> p.bn_log2) & ((1 << p.bw_log2) - 1), first_h = first >> (p.bn_log2 + p.bw_log2);
-  staging += consumer * kStaging * kBytes;
+  staging += consumer * p.staging * kBytes;
   full += 8 * consumer * kMaxStaging;
   done += 8 * consumer * kMaxStaging;
 
@@ -245,8 +245,8 @@ __device__ void move_results(const Parameters& p, int consumer, uint32_t staging
   Walk next{begin, 0, {}}, now{begin, 0, {}};
   settle(next);
   settle(now);
-  for (int i = 0; i < kStaging && next.index < p.tiles; ++i, advance(next)) fetch(next, i);
-  for (Ring ring; now.index < p.tiles; advance(now), ring.next(kStaging)) {
+  for (int i = 0; i < p.staging && next.index < p.tiles; ++i, advance(next)) fetch(next, i);
+  for (Ring ring; now.index < p.tiles; advance(now), ring.next(p.staging)) {
     barrier_wait(done + 8 * ring.stage, ring.parity);
     store_box(&p.out[now.tile.cls->map], staging + ring.stage * kBytes, now.tile.k + now.round * 64,
               now.tile.n + first_n, now.tile.w + first_w, now.tile.h + first_h);
@@ -260,8 +260,8 @@ __device__ void move_results(const Parameters& p, int consumer, uint32_t staging
   store_wait();
 }
 
-// MB: 64-pixel blocks a consumer holds. kStaging: its staging buffers, each for 64 channels of them.
-template <int BN, int MB, bool kResident, bool kGated, int kStaging>
+// MB: 64-pixel blocks a consumer holds.
+template <int BN, int MB, bool kResident, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
   const auto s_done = [=](int consumer, int i) { return s_full(consumer + kConsumers, i); };
   constexpr uint32_t kStagingBytes = MB * 64 * kRow;
   const uint32_t staging = (barriers + kBarrierBytes + 1023) / 1024 * 1024;
-  const uint32_t a = staging + kConsumers * kStaging * kStagingBytes;
+  const uint32_t a = staging + kConsumers * p.staging * kStagingBytes;
   const uint32_t b = a + p.a_stages * p.a_bytes;
 
   if (threadIdx.x == 0) {
@@ -290,20 +290,22 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
       barrier_init(b_full(i), 1);
       barrier_init(b_empty(i), kConsumers);
     }
-    for (int i = 0; i < kConsumers * kStaging; ++i) {
-      barrier_init(s_full(i / kStaging, i % kStaging), 1);
-      barrier_init(s_done(i / kStaging, i % kStaging), 4);
+    for (int i = 0; i < kConsumers * kMaxStaging; ++i) {
+      barrier_init(s_full(0, i), 1);
+      barrier_init(s_done(0, i), 4);  // a warp each
     }
     barrier_init_fence();
   }
   __syncthreads();
+  allow_next_kernel();  // it gets a multiprocessor when a block here ends, and waits like this one:
+  wait_for_kernel_before();
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     fewer_registers<40>();
     if (threadIdx.x % 32 != 0 || threadIdx.x / 32 > kConsumers) return;
     if (threadIdx.x != 0) {
-      move_results<BN, MB, kResident, kStaging>(p, threadIdx.x / 32 - 1, staging, s_full(0, 0), s_done(0, 0));
+      move_results<BN, MB, kResident>(p, threadIdx.x / 32 - 1, staging, s_full(0, 0), s_done(0, 0));
       return;
     }
     if constexpr (kResident) {  // the grid is a multiple of tiles_k: this block's channels never change
@@ -433,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
           for (int i = 0; i < 8; ++i) bias[i] = __ldg(reinterpret_cast<const float2*>(p.bias + k + 8 * i) + lane % 4);
         }
         barrier_wait(s_full(consumer, rs.stage), rs.parity);
-        const uint32_t buffer = staging + (consumer * kStaging + rs.stage) * kStagingBytes;
+        const uint32_t buffer = staging + (consumer * p.staging + rs.stage) * kStagingBytes;
 #pragma unroll
         for (int m = 0; m < MB; ++m) {
           finish<kGated>(p, acc[m] + round * 32, bias, t.cls->residual, bits[round][m], buffer + m * 64 * kRow);
@@ -448,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
         fence_for_engine();
         __syncwarp();
         if (lane == 0) barrier_arrive(s_done(consumer, rs.stage));
-        rs.next(kStaging);
+        rs.next(p.staging);
       }
     }
   }
@@ -536,6 +538,7 @@ void map_results(const FusedConv2d& c, Parameters& p, int rows) {
   }
 }
 
+// Throws std::invalid_argument where the tile does not fit; launches only with a device (>= 0).
 template <int BN, int MB, bool kResident>
 void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t stream) {
   const int bn = 1 << c.bn_log2, bw = 1 << c.bw_log2, pixels = 64 * MB * (kResident ? 1 : kConsumers);
@@ -567,27 +570,33 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   p.skip = !c.halo && !kResident && c.r * c.s > 1;
   p.a_bytes = static_cast<uint32_t>(kRow * bn * box_w * box_h);
 
-  // Shared memory: what resident weights leave; two boxes with a halo, or as many boxes as weights.
-  constexpr int kBBytes = BN * kRow, kStaging = MB == 1 && BN > 64 ? 2 : 1;
-  constexpr int kReserved = 1024 + (kBarrierBytes + 1023) / 1024 * 1024 + kConsumers * kStaging * MB * 64 * kRow;
-  const int room = kSharedBytes - kReserved, a_bytes = static_cast<int>(p.a_bytes);
-  if (kResident) {
-    p.b_stages = c.r * c.s * p.chunks;
-    p.a_stages = (room - p.b_stages * kBBytes) / a_bytes;
-  } else if (c.halo) {
-    p.a_stages = 2;
-    p.b_stages = (room - p.a_stages * a_bytes) / kBBytes;
-    require(p.b_stages >= 3, "no room for the halo");
-  } else {
-    p.a_stages = p.b_stages = room / (a_bytes + kBBytes);
+  // Shared memory: staging first, as its depth is what hides the latency of memory-bound layers, but not
+  // so much that fewer than four stages are left for what is multiplied.
+  constexpr int kBBytes = BN * kRow, kStagingBytes = kConsumers * MB * 64 * kRow;
+  constexpr int kReserved = 1024 + (kBarrierBytes + 1023) / 1024 * 1024;
+  const int a_bytes = static_cast<int>(p.a_bytes), boxes = (c.halo ? 1 : p.cls[0].taps) * p.chunks;
+  for (p.staging = MB == 1 && BN > 64 ? kMaxStaging : 2; p.staging >= 1; p.staging /= 2) {
+    const int room = kSharedBytes - kReserved - p.staging * kStagingBytes;
+    if (kResident) {
+      p.b_stages = c.r * c.s * p.chunks;
+      p.a_stages = (room - p.b_stages * kBBytes) / a_bytes;
+    } else if (c.halo) {  // a box serves all taps: two of them, the rest is for weights
+      p.a_stages = 2;
+      p.b_stages = (room - p.a_stages * a_bytes) / kBBytes;
+    } else {
+      p.a_stages = p.b_stages = room / (a_bytes + kBBytes);
+    }
+    if ((kResident ? p.a_stages : p.b_stages) >= 4) break;
   }
+  p.staging = std::max(p.staging, 1);
   p.a_stages = std::min(p.a_stages, kMaxStages);
   if (!kResident) p.b_stages = std::min(p.b_stages, kMaxStages);
   // A consumer with tiles of its own must find that its next stage was filled since it last looked: a
   // parity tells two rounds apart, not three.
-  const int boxes = (c.halo ? 1 : p.cls[0].taps) * p.chunks;
-  require(p.a_stages > (kResident ? boxes : 1), "no room in shared memory");
-  const size_t bytes = kReserved + size_t(p.a_stages) * a_bytes + size_t(p.b_stages) * kBBytes;
+  require(p.a_stages > (kResident ? boxes : 1) && (kResident || p.b_stages >= 2),
+          "no room in shared memory");
+  const size_t bytes = kReserved + size_t(p.staging) * kStagingBytes + size_t(p.a_stages) * a_bytes +
+                       size_t(p.b_stages) * kBBytes;
 
   p.tiles_k = ceil_div(p.K, BN);
   p.tiles_n = ceil_div(p.N, bn);
@@ -596,6 +605,8 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   const int64_t tiles = int64_t{p.classes} * p.tiles_k * p.tiles_n * p.tiles_w * p.tiles_h;
   require(tiles <= std::numeric_limits<int>::max(), "too many tiles");
   p.tiles = static_cast<int>(tiles);
+
+  if (device < 0) return;
 
   p.x = tensor_map<4>(c.x, {p.C, p.N, p.W, p.H}, {int64_t{p.H} * p.W * p.C, p.C, int64_t{p.W} * p.C},
                       {kChunk, bn, box_w, box_h}, {1, 1, p.stride, p.stride});
@@ -609,23 +620,18 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
     require(p.tiles_k <= processors, "too many channels for resident weights");
     blocks = std::max(blocks / p.tiles_k, 1) * p.tiles_k;
   }
-  const auto kernel = p.gate != nullptr ? fused_conv2d_kernel<BN, MB, kResident, true, kStaging>
-                                        : fused_conv2d_kernel<BN, MB, kResident, false, kStaging>;
+  const auto kernel = p.gate != nullptr ? fused_conv2d_kernel<BN, MB, kResident, true>
+                                        : fused_conv2d_kernel<BN, MB, kResident, false>;
   check(kName, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  launch(kName, kernel, blocks, kThreads, bytes, stream, p);
+  launch_early(kName, kernel, blocks, kThreads, bytes, stream, p);
 }
 
-}  // namespace
-
-void fused_conv2d_cuda(const FusedConv2d& c, int device, void* stream_address) {
+void run(const FusedConv2d& c, int device, cudaStream_t stream) {
   require(c.c % 8 == 0 && c.k % 64 == 0, "input channels must be a multiple of 8, output channels of 64");
   require(c.gate == nullptr || (c.bias == nullptr && !c.relu && c.positive == nullptr), "a gate stands alone");
   require(c.positive == nullptr || c.relu, "positive needs a ReLU");
   require(c.r * c.s <= kMaxTaps, "filters have at most 9 taps");
   require(c.upsample == 1 || (c.upsample == 2 && c.stride == 1), "upsample must be 1 or 2, and 2 needs stride 1");
-  if (c.n == 0 || c.oh == 0 || c.ow == 0) return;
-  const DeviceGuard guard(kName, device);
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_address);
 
   Parameters p{};
   p.bias = static_cast<const float*>(c.bias);
@@ -656,6 +662,23 @@ void fused_conv2d_cuda(const FusedConv2d& c, int device, void* stream_address) {
   if (is(128, 2, true)) return launch_tiles<128, 2, true>(c, p, device, stream);
   if (is(256, 1, true)) return launch_tiles<256, 1, true>(c, p, device, stream);
   require(false, "no such tile");
+}
+
+}  // namespace
+
+void fused_conv2d_cuda(const FusedConv2d& c, int device, void* stream) {
+  if (c.n == 0 || c.oh == 0 || c.ow == 0) return;
+  const DeviceGuard guard(kName, device);
+  run(c, device, static_cast<cudaStream_t>(stream));
+}
+
+bool fused_conv2d_fits(const FusedConv2d& c) {
+  try {
+    run(c, -1, nullptr);
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace rtk

@@ -163,6 +163,11 @@ __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accu
 #undef RTK_R64
 #undef RTK_R128
 
+// --- kernels one after the other: the next may start its blocks now; the one before is done altogether.
+
+__device__ inline void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // --- registers: a producer gives them up, the warpgroups that multiply take them.
 
 template <int kCount>

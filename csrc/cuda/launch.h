@@ -35,30 +35,47 @@ class DeviceGuard {
   int previous_ = -1;
 };
 
-// Launches `blocks` blocks with `shared` bytes of dynamic shared memory, in clusters of `cluster`.
+// Launches `blocks` blocks with `shared` bytes of dynamic shared memory and up to one attribute.
 template <class... Parameters, class... Arguments>
-void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
-                     size_t shared, cudaStream_t stream, Arguments... arguments) {
+void launch_with(const char* op, cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), int64_t blocks,
+                 int threads, size_t shared, cudaStream_t stream, Arguments... arguments) {
   if (blocks > std::numeric_limits<int>::max()) throw std::invalid_argument(std::string(op) + ": too large");
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;  // a GPU without clusters takes the launch then
+  config.attrs = attribute;
+  config.numAttrs = attribute != nullptr;
   check(op, cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
-// Launches `blocks` blocks with `shared` bytes of dynamic shared memory.
+// In clusters of `cluster` blocks. For 1 there is no attribute: a GPU without clusters takes it then.
+template <class... Parameters, class... Arguments>
+void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t blocks, int cluster, int threads,
+                     size_t shared, cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  launch_with(op, cluster > 1 ? &attribute : nullptr, kernel, blocks, threads, shared, stream, arguments...);
+}
+
+// As soon as the kernel before has given its multiprocessors free, not only when all of it is done (sm_90
+// and up). The kernel must execute griddepcontrol.wait before it touches memory that others use.
+template <class... Parameters, class... Arguments>
+void launch_early(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+                  cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch_with(op, &attribute, kernel, blocks, threads, shared, stream, arguments...);
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
             cudaStream_t stream, Arguments... arguments) {
-  launch_clusters(op, kernel, blocks, 1, threads, shared, stream, arguments...);
+  launch_with(op, nullptr, kernel, blocks, threads, shared, stream, arguments...);
 }
 
 }  // namespace rtk

@@ -10,6 +10,7 @@ from rtk.attacks.external import AutoAttack, Foolbox
 from rtk.attacks.fast import Fast
 from rtk.attacks.fgsm import FGSM
 from rtk.attacks.free import Free
+from rtk.attacks.graphed import GraphedAttack
 from rtk.attacks.named import Attack, attacks, create, takes_only
 from rtk.attacks.pgd import PGD
 from rtk.attacks.smoothing import Smoothing
@@ -24,6 +25,7 @@ __all__ = [
     "Fast",
     "Foolbox",
     "Free",
+    "GraphedAttack",
     "Smoothing",
     "Square",
     "attacks",

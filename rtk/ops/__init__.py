@@ -1,6 +1,8 @@
 """The operators: `torch.library` ops in the namespace rtk, each with a plain-PyTorch reference."""
 
+from rtk.ops._conv_tiles import tuning
 from rtk.ops._registry import BACKENDS, backend
+from rtk.ops.batch_norm_act import batch_norm_act
 from rtk.ops.block_matmul import block_matmul
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
@@ -15,6 +17,7 @@ from rtk.ops.topk_mask import topk_mask, topk_mask_global
 __all__ = [
     "BACKENDS",
     "backend",
+    "batch_norm_act",
     "block_matmul",
     "FoldedLayer",
     "FoldLayer",
@@ -30,5 +33,6 @@ __all__ = [
     "stem_conv2d_bwd_input",
     "topk_mask",
     "topk_mask_global",
+    "tuning",
     "turn_filter",
 ]

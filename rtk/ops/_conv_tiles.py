@@ -7,13 +7,14 @@ means is explained there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 _PROCESSORS = 132  # of an H100 SXM and an H200: only a guess at what is fast depends on it
 _WASTE = 1.25  # tiles that compute more than this times the best one's pixels are not tried
+_BOXES = 4  # of a tile's shape that are tried
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ def _boxes(problem: Problem, pixels: int) -> Iterator[tuple[bool, int, int]]:
             yield False, images, columns
 
 
-def candidates(problem: Problem) -> list[Tile]:
-    """Return the tiles worth timing, those that waste least first."""
+def candidates(problem: Problem, fits: Callable[[Tile], bool] = lambda tile: True) -> list[Tile]:
+    """Return the tiles worth timing among those that have room in shared memory."""
     found = []
     for channels, blocks in _SHAPES:
         if channels > problem.k and channels > 64:
@@ -116,58 +117,79 @@ def candidates(problem: Problem) -> list[Tile]:
                 if resident and problem.r > 1 and not halo:
                     continue
                 found.append(Tile(channels, blocks, halo, resident, images, columns))
-    work = {tile: _pixels(problem, tile) for tile in found}
+    # Before the waste is compared: else all that is left might not fit.
+    work = {tile: _pixels(problem, tile) for tile in found if fits(tile)}
     least = min(work.values())
-    kept = [tile for tile in found if work[tile] <= _WASTE * least]
-    return sorted(kept, key=lambda tile: work[tile])
+    shapes: dict[tuple[object, ...], list[Tile]] = {}
+    for tile in sorted(work, key=lambda tile: (work[tile], tile.images_log2)):
+        if work[tile] <= _WASTE * least:
+            shapes.setdefault(tile.arguments[:4], []).append(tile)
+    return [tile for boxes in shapes.values() for tile in _spread(boxes)]
 
 
-def guess(problem: Problem) -> Tile:
+def _spread(boxes: list[Tile]) -> list[Tile]:
+    """Return some of them from end to end: neighbours are about as fast as each other."""
+    step = (len(boxes) - 1) / (_BOXES - 1)
+    return boxes if step <= 1 else [boxes[round(i * step)] for i in range(_BOXES)]
+
+
+def guess(problem: Problem, fits: Callable[[Tile], bool] = lambda tile: True) -> Tile:
     """Return a good tile without timing any: as large as still keeps the multiprocessors busy."""
 
-    def score(tile: Tile) -> tuple[float, ...]:
-        tiles = _pixels(problem, tile) / tile.pixels * -(-problem.k // tile.channels)
-        waves = tiles / _PROCESSORS
-        busy = waves / -(-tiles // _PROCESSORS)
-        work = _pixels(problem, tile) * _covered(problem.k, tile.channels)
+    def cost(tile: Tile) -> tuple[float, ...]:
+        pixels, channels = _pixels(problem, tile), _covered(problem.k, tile.channels)
+        tiles = pixels // tile.pixels * (channels // tile.channels)
+        rounds = _covered(tiles, _PROCESSORS) / tiles
         size = min(tile.channels, 128) * min(tile.blocks * 2, 4)
-        return (work / busy / (1 + size / 2048), float(tile.resident), float(not tile.halo))
+        return (pixels * channels * rounds / (1 + size / 2048), tile.resident, not tile.halo)
 
-    return min(candidates(problem), key=score)
+    return min(candidates(problem, fits), key=cost)
 
 
 _chosen: dict[tuple[int, Problem], Tile] = {}
+_tuned: set[tuple[int, Problem]] = set()
+_tuning = False
 
 
-def chosen(device: int, problem: Problem) -> Tile:
-    """Return the tile to take: the one that `tune` found fastest, else a guess."""
-    tile = _chosen.get((device, problem))
-    if tile is None:
-        tile = _chosen[device, problem] = guess(problem)
-    return tile
+@contextlib.contextmanager
+def tuning() -> Iterator[None]:
+    """Inside the `with`, the first convolution of every kind times its tiles and keeps the best.
+
+    It waits for the GPU, so it must not go on while a graph is captured. Later calls take what was
+    found, until the process ends.
+    """
+    global _tuning
+    previous, _tuning = _tuning, True
+    try:
+        yield
+    finally:
+        _tuning = previous
 
 
-def tune(device: int, problem: Problem, run: Callable[[Tile], object]) -> None:
-    """Time every candidate once and remember the fastest for `chosen`.
+def pick(
+    device: int, problem: Problem, run: Callable[[Tile], object], fits: Callable[[Tile], bool]
+) -> Tile:
+    """Return the tile to take: the fastest where it was or is measured now, else a guess.
 
     Args:
         device: the GPU's index.
         problem: what is convolved.
-        run: does the convolution with a tile; raises ValueError where a tile does not fit. This
-            waits for the GPU, so it must not be called while a graph is captured.
+        run: does the convolution with a tile.
+        fits: whether a tile has room in shared memory.
     """
-    if (device, problem) in _tuned:
-        return
-    times = {}
-    for tile in candidates(problem):
-        with contextlib.suppress(ValueError):
-            times[tile] = _milliseconds(run, tile, 3)
+    key = (device, problem)
+    if _tuning and key not in _tuned:
+        _chosen[key] = _fastest(candidates(problem, fits), run)
+        _tuned.add(key)
+    elif key not in _chosen:
+        _chosen[key] = guess(problem, fits)
+    return _chosen[key]
+
+
+def _fastest(tiles: Iterable[Tile], run: Callable[[Tile], object]) -> Tile:
+    times = {tile: _milliseconds(run, tile, 3) for tile in tiles}
     finalists = sorted(times, key=times.__getitem__)[:4]
-    _chosen[device, problem] = min(finalists, key=lambda tile: _milliseconds(run, tile, 12))
-    _tuned.add((device, problem))
-
-
-_tuned: set[tuple[int, Problem]] = set()
+    return min(finalists, key=lambda tile: _milliseconds(run, tile, 12))
 
 
 def _milliseconds(run: Callable[[Tile], object], tile: Tile, rounds: int) -> float:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtk.ops import _compiled
-from rtk.ops._conv_tiles import Problem, Tile, chosen, tune
+from rtk.ops._conv_tiles import Problem, Tile, pick
 from rtk.ops._registry import Op, require
 from rtk.ops._triton import why_not_triton
 from rtk.ops.prepare_weight import FLOATS
@@ -107,7 +107,19 @@ def pack_positive(out: Tensor) -> Tensor:
     instruction of Hopper GPUs leaves its sums, so that no lane has to ask another one.
     """
     n, k, h, w = out.shape
-    bits = F.pad(out.permute(0, 2, 3, 1) > 0, (0, -k % 64)).view(n, h, w, -1, 8, 4, 2)
+    if (
+        _compiled.why_not_cuda(out) is None
+        and out.dtype == torch.bfloat16
+        and k % 64 == 0
+        and out.is_contiguous(memory_format=_LAST)
+    ):
+        bits = torch.empty((n, h, w, k // 16), dtype=torch.int16, device=out.device)
+        stream = torch.cuda.current_stream(out.device).cuda_stream
+        _compiled._C.positive_bits_cuda(
+            out.data_ptr(), bits.data_ptr(), out.numel(), out.device.index, stream
+        )
+        return bits
+    bits = F.pad(out.permute(0, 2, 3, 1) > 0, (0, -k % 64)).unflatten(3, (-1, 8, 4, 2))
     b, e = torch.arange(8, device=out.device), torch.arange(2, device=out.device)
     words = (bits * (1 << (8 * e + b[:, None, None]))).sum((4, 6))
     return words.to(torch.int16).flatten(3)  # the upper half of 0 to 65535 becomes negative
@@ -430,50 +442,30 @@ def _cuda(
     residual = None if residual is None else residual.contiguous(memory_format=_LAST)
     bias, gate = (None if t is None else t.contiguous() for t in (bias, gate))
     bias = None if bias is None else bias.float()
-    if tile is None:
-        problem = _problem(input, weight, out, residual, gate, **options)
-        tile = chosen(input.device.index, problem)
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
     n, c, h, w = input.shape
     k, _, r, s = weight.shape
-    _compiled._C.fused_conv2d_cuda(
+    arguments = (
         *map(address, (input, weight, bias, residual, gate, out)),
         positive.data_ptr() if save_positive else 0,
         [n, h, w, c, k, r, s, *out.shape[2:]],
-        options["stride"],
-        options["padding"],
-        options["upsample"],
-        options["residual_stride"],
-        options["relu"],
-        tile.arguments,
-        input.device.index,
-        torch.cuda.current_stream(input.device).cuda_stream,
+        *(options[name] for name in ("stride", "padding", "upsample", "residual_stride", "relu")),
     )
+    device, stream = input.device.index, torch.cuda.current_stream(input.device).cuda_stream
+
+    def run(tile: Tile) -> None:
+        _compiled._C.fused_conv2d_cuda(*arguments, tile.arguments, device, stream)
+
+    def fits(tile: Tile) -> bool:
+        return _compiled._C.fused_conv2d_fits(*arguments, tile.arguments)
+
+    if tile is None:
+        tile = pick(device, _problem(input, weight, out, residual, gate, **options), run, fits)
+    run(tile)
     return out, positive
-
-
-def tune_fused_conv2d(*tensors: Tensor | None, **options: Any) -> None:
-    """Find the fastest tile for these arguments of the op, if the CUDA backend serves them.
-
-    Takes what `torch.ops.rtk.fused_conv2d` takes. It waits for the GPU: not while a graph is
-    captured. Later calls with the same shapes take the tile, until the process ends.
-    """
-    if _why_not_cuda(*tensors, **options) is not None:  # type: ignore[arg-type]
-        return
-    input, weight, _, residual, gate = tensors
-    assert input is not None and weight is not None
-    options.setdefault("save_positive", False)
-    save_positive = options.pop("save_positive")
-    out = empty_output(input, weight, **options)
-    problem = _problem(input, weight, out, residual, gate, **options)
-    tune(
-        input.device.index,
-        problem,
-        lambda tile: _cuda(*tensors, save_positive=save_positive, tile=tile, **options),
-    )
 
 
 def _why_not_triton(

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtk.cuda_graph import GraphChoice, Graphed, Seed, model_state, plain_settings
+from rtk.cuda_graph import (
+    GraphChoice,
+    Graphed,
+    Seed,
+    model_state,
+    plain_settings,
+    renew_accumulators,
+)
 from rtk.errors import RtkError
 from rtk.train.optim import DeviceRates, match_layouts, optimizer_state, why_not_captured
 
@@ -156,6 +163,9 @@ class TrainStep(Graphed):
         optimizer = self._optimizer
         self._grads.clear()
         optimizer.zero_grad(set_to_none=True)  # those of the capture lie in the graph's own memory
+        rated = (p for group in optimizer.param_groups for p in group["params"])
+        trained = dict.fromkeys(p for p in (*self._model.parameters(), *rated) if p.requires_grad)
+        renew_accumulators(trained)
         self._rates.refresh()
         self._rates.load()
         state = {parameter: dict(values) for parameter, values in optimizer.state.items()}

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from rtk import draw, models
 from rtk.attacks import PGD, fused
 from rtk.attacks.fused import FusedProgram, NotApplicable, route, why_not
-from rtk.attacks.fused.structure import recognise
+from rtk.attacks.fused.reader import recognise
 from rtk.attacks.gradient import autograd_gradient, cross_entropy, input_gradient
 from rtk.attacks.graphed import GraphedAttack
 from rtk.attacks.precision import CastImages

@@ -20,6 +20,15 @@ def convolution(x: Tensor, w: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
+def bytes_by_the_reference(x: Tensor) -> list[Tensor]:
+    with ops.backend("reference"):
+        return [
+            ops.pgd_step(x / 255, x - 127.5, x, eps=0.1, step_size=0.2),
+            ops.pgd_init(x, eps=0.1, seed=3),
+            ops.gaussian_noise(x, sigma=0.1, seed=3),
+        ]
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "masked_conv2d": convolution,
     "prepare_weight": lambda x, w: [ops.prepare_weight(w, w > 0, dtype=torch.bfloat16)],
@@ -32,6 +41,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
         ops.pgd_step(x, (x - 0.5).bfloat16(), (x * 255).byte(), eps=0.1, step_size=0.2, norm=norm)
         for norm in ("linf", "l2")
     ],
+    "uint8-reference": lambda x, w: bytes_by_the_reference((x * 255).byte()),
     "pgd_init": lambda x, w: [ops.pgd_init(x, eps=0.1, seed=3)],
     "pgd_init-seed": lambda x, w: [
         ops.pgd_init(x, eps=0.1, norm=norm, seed=w[0, 0, 0, :1].view(torch.int32).long())

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rtk.ops import backend as forced
 from rtk.ops._registry import ops
+from rtk.ops.fused_conv2d import pack_positive
 
 
 def randn(*shape: int, grad: bool = False, last: bool = False, dtype=torch.float32) -> Tensor:
@@ -36,6 +37,10 @@ FUSED = {
     "residual_stride": 1,
     "save_positive": False,
 }
+S3 = {"stride": 1, "padding": 1, "pool": False}
+S7 = {"stride": 2, "padding": 3, "pool": True}
+BACKWARD = {"input_size": [2, 3, 4, 5], "dtype": torch.float32, "channels_last": False}
+HALF = torch.bfloat16
 
 
 def samples() -> dict[str, list[tuple[tuple, dict]]]:
@@ -53,6 +58,9 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
     bytes_ = (image * 255).to(torch.uint8)
     scores = [torch.randn(3, 4), torch.randn(5), torch.randn(0)]
     w_full, small = randn(6, 4, 3, 3, grad=True), randn(2, 6, 7, 6)
+    w3, w7, b, c = randn(8, 3, 3, 3), randn(8, 3, 7, 7), randn(8), torch.rand(3) + 0.1
+    no_index = torch.empty(0, dtype=torch.uint8)
+    middle = torch.full((2, 8, 1, 2), 4, dtype=torch.uint8)
     return {
         "masked_conv2d": [
             ((x, w, m, bias, *CONV), {}),
@@ -95,6 +103,16 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
                 FUSED | {"upsample": 2, "out_size": [14, 12], "residual_stride": 2},
             ),
             ((empty, w_full, None, None, None), FUSED),
+            ((x, w_full, bias, small, None), FUSED | {"relu": True, "save_positive": True}),
+            ((x.detach(), w_full.detach(), None, None, pack_positive(small)), FUSED),
+        ],
+        "stem_conv2d": [
+            ((image, w3, b, c, c), S3),
+            ((image_last.bfloat16(), w7, b, c, c), S7),
+        ],
+        "stem_conv2d_bwd_input": [
+            ((randn(2, 8, 4, 5, dtype=HALF), no_index, w3, c), S3 | BACKWARD),
+            ((randn(2, 8, 1, 2, dtype=HALF), middle, w7, c), S7 | BACKWARD),
         ],
         "topk_mask": [((scores, [3, 5, 0]), {})],
         "topk_mask_global": [((scores, 9), {})],

@@ -145,7 +145,8 @@ def test_in_the_ball_and_in_the_range(clip, norm, backend, device):
 def test_every_dtype(norm, dtype, backend, device):
     x = torch.rand(3, 2, 5, 7, device=device)
     x = (x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
-    pixels = x.float() / 255 if dtype == torch.uint8 else x.float()
+    # On the CPU: a GPU multiplies by the inverse of a number, which rounds otherwise.
+    pixels = (x.cpu().float() / 255).to(device) if dtype == torch.uint8 else x.float()
     out = pgd_init(x, eps=0.3, norm=norm, seed=9)
     wanted = pgd_init(pixels, eps=0.3, norm=norm, seed=9)
     assert out.dtype == (torch.float32 if dtype == torch.uint8 else dtype)

@@ -47,13 +47,13 @@ def torchattacks_linf(adv_images, grad, images, eps, alpha):
 
 
 def torchattacks_l2(adv_images, grad, images, eps, alpha):
-    """The loop body of torchattacks 3.5.1's PGDL2."""
+    """The loop body of torchattacks 3.5.1's PGDL2, with `reshape` for `view`: in any layout."""
     batch_size = len(images)
-    grad_norms = torch.norm(grad.view(batch_size, -1), p=2, dim=1) + 1e-10
+    grad_norms = torch.norm(grad.reshape(batch_size, -1), p=2, dim=1) + 1e-10
     grad = grad / grad_norms.view(batch_size, 1, 1, 1)
     adv_images = adv_images.detach() + alpha * grad
     delta = adv_images - images
-    delta_norms = torch.norm(delta.view(batch_size, -1), p=2, dim=1)
+    delta_norms = torch.norm(delta.reshape(batch_size, -1), p=2, dim=1)
     factor = eps / delta_norms
     factor = torch.min(factor, torch.ones_like(delta_norms))
     delta = delta * factor.view(-1, 1, 1, 1)
@@ -170,7 +170,8 @@ def test_every_dtype(adv_dtype, grad_dtype, x_dtype, norm, backend, device):
             step()
         return
     exact = torch.promote_types(adv_dtype, torch.float32)
-    origin = x.to(exact) / 255 if x_dtype == torch.uint8 else x.to(exact)
+    # On the CPU: a GPU multiplies by the inverse of a number, which rounds otherwise.
+    origin = (x.cpu().to(exact) / 255).to(device) if x_dtype == torch.uint8 else x.to(exact)
     formula = torchattacks_linf if norm == "linf" else torchattacks_l2
     wanted = formula(x_adv.to(exact), grad.to(exact), origin, 0.1, 0.05)
     out = step()

@@ -16,7 +16,7 @@ from torch import nn
 from rtk import cuda_graph
 from rtk.attacks import PGD
 from rtk.attacks.graphed import GraphedAttack
-from rtk.cuda_graph import WARM_UP, CannotCapture, Graphed, model_state
+from rtk.cuda_graph import WARM_UP, CannotCapture, Graphed, model_state, renew_accumulators
 from rtk.data import Batches, Split
 from rtk.draw import omp
 from rtk.errors import RtkError
@@ -713,6 +713,51 @@ def test_weights_that_are_frozen_later_stay():
     assert step.captured and step._captures == 2
     assert torch.equal(model.conv.weight, before)
     assert not torch.equal(model.fc.weight, moving)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [True, "auto"], ids=str)
+def test_graphs_that_somebody_keeps_are_no_obstacle(graph):
+    """An evaluation with gradients, other batches in between, a module that keeps activations."""
+    model = small("cuda")
+    kept = []
+    model.conv.register_forward_hook(lambda module, given, out: kept.append(out))
+    step = make_step(model, sgd(model, fused=True), PGD(steps=2), amp=None, graph=graph)
+    batches, others = images(12, "cuda"), images(3, "cuda", batch=5)
+    held = [model(batches[0][0]), model(batches[1][0]).sum()]  # on the default stream
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="make_step")
+        for batch in batches[:6]:
+            step(*batch)
+        assert step.captured
+        for batch in others:
+            step(*batch)
+        held.append(model(batches[2][0]))
+        model.eval()
+        for batch in batches[6:]:
+            step(*batch)
+    assert step.captured and step._captures == 2
+    assert kept and all(tensor.grad_fn is not None for tensor in held)
+
+
+def test_a_renewed_accumulator_leaves_old_graphs_and_the_weight_as_they_were():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        weight = nn.Parameter(torch.ones(3, dtype=dtype))
+        weight.grad = torch.ones_like(weight)
+        calls = []
+        weight.register_hook(lambda grad, calls=calls: calls.append("tensor"))
+        weight.register_post_accumulate_grad_hook(lambda w, calls=calls: calls.append("grad"))
+        old = weight * 2
+        before = torch.autograd.graph.get_gradient_edge(weight).node
+        where, version = weight.data_ptr(), weight._version
+        renew_accumulators([weight])
+        assert torch.autograd.graph.get_gradient_edge(weight).node is not before
+        assert (weight.data_ptr(), weight._version) == (where, version)
+        assert weight.dtype == dtype and weight.shape == (3,)
+        (weight * 3).sum().backward()
+        old.sum().backward()
+        assert weight.grad.tolist() == [6, 6, 6]
+        assert calls == ["tensor", "grad"] * 2
 
 
 @pytest.mark.gpu

@@ -2,7 +2,7 @@
 
 While a network is attacked its weights are constants and its batch norms affine, so a convolution,
 its batch norm, the addition of a skip connection and the ReLU are one operator with prepared
-weights, and so is the way back. `structure` finds what a network consists of, `program` runs it,
+weights, and so is the way back. `reader` finds what a network consists of, `program` runs it,
 `route` decides whether a call takes it and has compared it with autograd before it does.
 """
 

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from rtk.attacks.fused.backward import Backward, apply_gate
 from rtk.attacks.fused.layers import NotApplicable
+from rtk.attacks.fused.reader import recognise
 from rtk.attacks.fused.stem import BFloat16Stem, PlainStem, Saved
-from rtk.attacks.fused.structure import Step, Structure, recognise
+from rtk.attacks.fused.structure import Step, Structure
 from rtk.attacks.fused.trace import unwrap
 from rtk.errors import RtkError
 from rtk.ops.fold_weights import FoldPlan
-from rtk.ops.fused_conv2d import fused_conv2d
+from rtk.ops.fused_conv2d import fused_conv2d, pack_positive
 
 
 class FusedProgram:
@@ -76,24 +77,24 @@ class FusedProgram:
 
         Returns:
             (grad, logits), detached. grad is (N, 3, H, W) in the program's dtype, channels_last
-            if `x` is; all of it is NaN if a logit is NaN or infinite.
+            if `x` is; all of it is NaN if the loss is NaN or infinite.
         """
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             activation, gates, sizes, saved = self._forward(x.detach())
-        grad, logits = self._tail(activation, y, loss)
+        grad, logits, total = self._tail(activation, y, loss)
         del activation
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             grad = apply_gate(grad.to(self.dtype), gates.pop(self.structure.last))
             backward = Backward(self.structure, self._folded, self._consumers, gates, sizes)
             grad = backward.run(grad)
             # 0, or NaN: a gate closes for a NaN, and a broken network would seem to be robust.
-            taint = 0 * logits.float().sum()
+            taint = 0 * total.float()
             return self._stem.backward(grad, saved, taint, _is_channels_last(x)), logits
 
     def _forward(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor], dict[int, torch.Size], Saved]:
         """Return the last activation, and by value: gates, heights and widths; and the stem's."""
         out, saved = self._stem.forward(x)
-        values, gates, sizes = {0: out}, {0: out}, {0: out.shape[2:]}
+        values, gates, sizes = {0: out}, {0: _gate(out)}, {0: out.shape[2:]}
         unread = list(self._consumers)
 
         def read(number: int) -> Tensor:
@@ -135,13 +136,20 @@ class FusedProgram:
 
     def _tail(
         self, activation: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss's gradient in the last activation, the logits and the loss."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_()
             logits = self.structure.tail(leaf)
-            (grad,) = torch.autograd.grad(loss(logits, y).sum(), leaf)
-        return grad, logits.detach()
+            total = loss(logits, y).sum()
+            (grad,) = torch.autograd.grad(total, leaf)
+        return grad, logits.detach(), total.detach()
 
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _gate(activation: Tensor) -> Tensor:
+    """Return what is kept of an activation that no fused convolution made; see `_run`."""
+    return pack_positive(activation) if activation.shape[1] % 64 == 0 else activation

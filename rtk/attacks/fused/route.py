@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from rtk import ops
 from rtk.attacks.fused.layers import NotApplicable
 from rtk.attacks.fused.program import FusedProgram
-from rtk.attacks.fused.structure import recognise
+from rtk.attacks.fused.reader import recognise
 from rtk.attacks.fused.trace import has_hooks, unwrap
 from rtk.attacks.fused.verify import Loss, Plain, verify
 
@@ -128,6 +129,8 @@ class Route:
             if not entry.verified:
                 verify(program, self._model, x, y, self._plain)
                 entry.verified = True
+                with ops.tuning():
+                    program.gradient(x, y, self._loss)
         except Exception as error:
             self._give_up(error, x)
             return None
