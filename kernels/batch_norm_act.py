@@ -2,8 +2,9 @@
 
 M rows: the pixels of all images (N H W). C channels, contiguous, in groups of 8: what a thread
 reads at once, and what has one byte of ReLU bits (bit i for channel 8 g + i). A tile is
-(U, R, BLOCK_C): R BLOCK_C / 8 threads cover R rows, and each thread holds U of them, so that U
-accesses are on their way together and sums over U stay inside a thread.
+(R, U, BLOCK_C): R BLOCK_C / 8 threads cover R rows, and each thread holds U of them, so that U
+accesses are on their way together and sums over U stay inside a thread (Triton hands threads to
+the last dimension first, then to the first).
 
 Sums are split over many programs and joined by one small kernel, in a fixed order and without
 atomics: the same bits every time. Tiles are applied from the last to the first, because the last
@@ -21,7 +22,7 @@ _SIZES = ("rows", "groups", "channels", "parts", "rows_a_part", "tiles_a_part")
 @triton.jit
 def _tile(start, column, rows, channels, U: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return the offset of the tile's corner, offsets in the tile, and which of them exist."""
-    row = (tl.arange(0, U) * R)[:, None, None] + tl.arange(0, R)[None, :, None]
+    row = (tl.arange(0, U) * R)[None, :, None] + tl.arange(0, R)[:, None, None]
     c = tl.arange(0, BLOCK_C)[None, None, :]
     left = tl.minimum(rows - start, U * R).to(tl.int32)
     inside = (row < left) & (column + c < channels)
@@ -41,7 +42,7 @@ def _through_relu(grad, bits, U: tl.constexpr, R: tl.constexpr, BLOCK_C: tl.cons
     """Return `grad` where the output was positive, else 0."""
     shift = tl.arange(0, _GROUP)[None, None, None, :]
     positive = ((bits.to(tl.int32)[:, :, :, None] >> shift) & 1) != 0
-    return tl.where(tl.reshape(positive, (U, R, BLOCK_C)), grad, 0.0)
+    return tl.where(tl.reshape(positive, (R, U, BLOCK_C)), grad, 0.0)
 
 
 @triton.jit
@@ -75,17 +76,17 @@ def batch_norm_sums(
     base, offsets, inside = _tile(first, column, last, channels, U, R, BLOCK_C)
     x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
     in_tile = tl.minimum(last - first, U * R).to(tl.float32)
-    shift = (tl.sum(tl.sum(x, 0), 0) / in_tile)[None, None, :]
+    shift = (tl.sum(tl.sum(x, 1), 0) / in_tile)[None, None, :]
     centred = tl.where(inside, x - shift, 0.0)
-    total = tl.sum(centred, 0)
-    squares = tl.sum(centred * centred, 0)
+    total = tl.sum(centred, 1)
+    squares = tl.sum(centred * centred, 1)
     start = first + U * R
     while start < last:
         base, offsets, inside = _tile(start, column, last, channels, U, R, BLOCK_C)
         x = tl.load(x_ptr + base + offsets, mask=inside, other=0.0).to(tl.float32)
         centred = tl.where(inside, x - shift, 0.0)
-        total += tl.sum(centred, 0)
-        squares += tl.sum(centred * centred, 0)
+        total += tl.sum(centred, 1)
+        squares += tl.sum(centred * centred, 1)
         start += U * R
 
     total = tl.sum(total, 0)[None, None, :]
@@ -191,7 +192,7 @@ def batch_norm_apply(
     rounded = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + base + offsets, rounded, mask=inside)
     if bits_ptr is not None:
-        positive = tl.reshape(rounded > 0, (U, R, BLOCK_C // _GROUP, _GROUP)).to(tl.int32)
+        positive = tl.reshape(rounded > 0, (R, U, BLOCK_C // _GROUP, _GROUP)).to(tl.int32)
         bits = tl.sum(positive << tl.arange(0, _GROUP)[None, None, None, :], 3)
         base, offsets, inside = _bits_tile(start, column, rows, channels, U, R, BLOCK_C)
         tl.store(bits_ptr + base + offsets, bits.to(tl.uint8), mask=inside)
@@ -229,8 +230,8 @@ def batch_norm_bwd_sums(
             base, offsets, exists = _bits_tile(start, column, last, channels, U, R, BLOCK_C)
             bits = tl.load(bits_ptr + base + offsets, mask=exists, other=0)
             grad = _through_relu(grad, bits, U, R, BLOCK_C)
-        total += tl.sum(grad, 0)
-        products += tl.sum(tl.where(inside, grad * (x - mean), 0.0), 0)
+        total += tl.sum(grad, 1)
+        products += tl.sum(tl.where(inside, grad * (x - mean), 0.0), 1)
         start += U * R
     c = column + tl.arange(0, BLOCK_C)
     at = partial_ptr + part.to(tl.int64) * 2 * channels + c

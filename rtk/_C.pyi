@@ -277,4 +277,4 @@ def fused_conv2d_fits(
     """Return whether the tile fits, without touching the GPU."""
 
 def positive_bits_cuda(x: int, bits: int, count: int, device: int, stream: int) -> None:
-    """Write the bits of `rtk.ops.fused_conv2d.pack_positive` for count bf16 values, N H W K."""
+    """Write the bits of `rtk.ops.pack_positive` for count bf16 values, N H W K."""

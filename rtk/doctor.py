@@ -88,6 +88,9 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     stem_bwd = {**stem, "input_size": pixels.shape, "dtype": pixels.dtype, "channels_last": False}
     upstream = torch.rand(2, 8, 4, 4, device=device, dtype=torch.bfloat16)
     no_index = torch.empty(0, device=device, dtype=torch.uint8)
+    images = x.to(memory_format=torch.channels_last)
+    numbers = torch.rand(8, device=device)
+    batch_norm = (images, None, numbers, numbers, numbers)
     return {
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
@@ -97,6 +100,9 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "pgd_init": ((pixels,), {**ball, "seed": 0}),
         "fused_conv2d": ((x, weight.to(dtype), None, None, None), fused),
         "gaussian_noise": ((pixels,), {"sigma": 0.25, "dtype": torch.float32, "seed": 0}),
+        "batch_norm_stats": ((images, numbers, numbers, None, 0.1), {}),
+        "batch_norm_act": ((*batch_norm, numbers, True, 1e-5, True, True), {}),
+        "batch_norm_act_bwd": ((images, *batch_norm, True, 1e-5, [True] * 4), {}),
         "stem_conv2d": ((pixels, filter, eight, three, three), stem),
         "stem_conv2d_bwd_input": ((upstream, no_index, filter, three), stem_bwd),
         "topk_mask": (([matrix], [3]), {}),

@@ -190,8 +190,9 @@ __device__ __forceinline__ void finish(const Parameters& p, float* acc, const fl
       v[i] = reinterpret_cast<const uint32_t&>(two);
       if constexpr (kGated) {
         v[i] &= spread_top_bits(bits[half] << (7 - block));
-      } else {  // a half that is not 0 carries into its top bit; after a ReLU it had none
-        bits[half] |= ((v[i] + 0x7FFF7FFFu) & 0x80008000u) >> (15 - block);
+      } else {  // after a ReLU a half has no sign: what is not 0 carries into it, but a NaN does not count
+        const uint32_t not_zero = v[i] + 0x7FFF7FFFu, nan = v[i] + 0x007F007Fu;
+        bits[half] |= (not_zero & ~nan & 0x80008000u) >> (15 - block);
       }
     }
     store_matrices(matrices(b), v);

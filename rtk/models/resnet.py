@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet as torchvision_resnet
 
 from rtk.errors import RtkError
 from rtk.models.base import MODELS, Classifier
 from rtk.models.spec import ModelSpec
+from rtk.nn import BatchNormAct2d
 
 _PLANES = (64, 128, 256, 512)
 
@@ -17,13 +18,43 @@ def scaled(channels: int, width: float) -> int:
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
+class BasicBlock(torchvision_resnet.BasicBlock):
+    """torchvision's, with what follows a convolution in one operator; its `relu` is not called."""
+
+    bn1: BatchNormAct2d
+    bn2: BatchNormAct2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output (N, planes, H / stride, W / stride), after the ReLU."""
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.conv2(out)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn2(out, identity, relu=True)
+
+
+class Bottleneck(torchvision_resnet.Bottleneck):
+    """torchvision's, with what follows a convolution in one operator; its `relu` is not called."""
+
+    bn1: BatchNormAct2d
+    bn2: BatchNormAct2d
+    bn3: BatchNormAct2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output (N, 4 planes, H / stride, W / stride), after the ReLU."""
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        out = self.conv3(out)
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn3(out, identity, relu=True)
+
+
 class ResNet(Classifier):
     """A residual network whose state dict is torchvision's, key by key and in order.
 
     Args:
         spec: stem "7x7" is torchvision's (stride 2, max-pool); "3x3" has stride 1 and no
             max-pool, for images of some 32 pixels. width scales every layer but the head's output.
-        block: torchvision's BasicBlock or Bottleneck.
+        block: BasicBlock or Bottleneck.
         depths: blocks of each of the four layers.
 
     Raises:
@@ -50,7 +81,7 @@ class ResNet(Classifier):
             self.conv1 = nn.Conv2d(3, planes[0], 7, stride=2, padding=3, bias=False)
         else:
             self.conv1 = nn.Conv2d(3, planes[0], 3, stride=1, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes[0])
+        self.bn1 = BatchNormAct2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if spec.stem == "7x7" else nn.Identity()
         self.layer1 = self._layer(block, planes[0], depths[0], stride=1)
@@ -70,16 +101,18 @@ class ResNet(Classifier):
         downsample = None
         if stride != 1 or self._inplanes != out:
             downsample = nn.Sequential(
-                nn.Conv2d(self._inplanes, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
+                nn.Conv2d(self._inplanes, out, 1, stride=stride, bias=False), BatchNormAct2d(out)
             )
-        blocks = [block(self._inplanes, planes, stride, downsample)]
-        blocks += [block(out, planes) for _ in range(depth - 1)]
+        blocks = [
+            block(self._inplanes, planes, stride, downsample, norm_layer=BatchNormAct2d),
+            *(block(out, planes, norm_layer=BatchNormAct2d) for _ in range(depth - 1)),
+        ]
         self._inplanes = out
         return nn.Sequential(*blocks)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the pooled features (N, F) of images (N, 3, H, W), float in [0, 1]."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(self.normalise(x)))))
+        x = self.maxpool(self.bn1(self.conv1(self.normalise(x)), relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.avgpool(x).flatten(1)
 

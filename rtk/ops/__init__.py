@@ -10,6 +10,7 @@ from rtk.ops.gaussian_noise import gaussian_noise
 from rtk.ops.masked_conv2d import masked_conv2d
 from rtk.ops.pgd_init import pgd_init
 from rtk.ops.pgd_step import pgd_step
+from rtk.ops.positive_bits import pack_positive, unpack_positive
 from rtk.ops.prepare_weight import prepare_weight
 from rtk.ops.stem_conv2d import stem_conv2d, stem_conv2d_bwd_input
 from rtk.ops.topk_mask import topk_mask, topk_mask_global
@@ -26,6 +27,7 @@ __all__ = [
     "fused_conv2d_bwd_input",
     "gaussian_noise",
     "masked_conv2d",
+    "pack_positive",
     "pgd_init",
     "pgd_step",
     "prepare_weight",
@@ -35,4 +37,5 @@ __all__ = [
     "topk_mask_global",
     "tuning",
     "turn_filter",
+    "unpack_positive",
 ]

@@ -28,6 +28,7 @@ class Problem:
     out_h: int
     out_w: int
     stride: int
+    padding: int
     upsample: int
     residual_stride: int  # 0: no residual
     gated: bool

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtk.ops import _compiled
-from rtk.ops._conv_tiles import Problem, Tile, pick
+from rtk.ops._conv_output import empty_output, empty_positive, natural_size, output_shape
+from rtk.ops._fused_conv2d_cuda import run_cuda, why_not_cuda
 from rtk.ops._registry import Op, require
 from rtk.ops._triton import why_not_triton
+from rtk.ops.positive_bits import pack_positive, unpack_positive
 from rtk.ops.prepare_weight import FLOATS
 
 _LAST = torch.channels_last
@@ -100,38 +102,6 @@ def fused_conv2d(
     return (out, positive) if save_positive else out
 
 
-def pack_positive(out: Tensor) -> Tensor:
-    """Return out > 0 as bits, (N, H, W, 4 ceil(K / 64)) int16, for out (N, K, H, W).
-
-    Channel 64 a + 8 b + 2 q + e is bit 8 e + b of word 4 a + q: the order in which the matrix
-    instruction of Hopper GPUs leaves its sums, so that no lane has to ask another one.
-    """
-    n, k, h, w = out.shape
-    if (
-        _compiled.why_not_cuda(out) is None
-        and out.dtype == torch.bfloat16
-        and k % 64 == 0
-        and out.is_contiguous(memory_format=_LAST)
-    ):
-        bits = torch.empty((n, h, w, k // 16), dtype=torch.int16, device=out.device)
-        stream = torch.cuda.current_stream(out.device).cuda_stream
-        _compiled._C.positive_bits_cuda(
-            out.data_ptr(), bits.data_ptr(), out.numel(), out.device.index, stream
-        )
-        return bits
-    bits = F.pad(out.permute(0, 2, 3, 1) > 0, (0, -k % 64)).unflatten(3, (-1, 8, 4, 2))
-    b, e = torch.arange(8, device=out.device), torch.arange(2, device=out.device)
-    words = (bits * (1 << (8 * e + b[:, None, None]))).sum((4, 6))
-    return words.to(torch.int16).flatten(3)  # the upper half of 0 to 65535 becomes negative
-
-
-def unpack_positive(bits: Tensor, channels: int) -> Tensor:
-    """Return what `pack_positive` packed, (N, K, H, W) bool, channels_last."""
-    b, e = torch.arange(8, device=bits.device), torch.arange(2, device=bits.device)
-    words = bits.unflatten(3, (-1, 1, 4, 1)) >> (8 * e + b[:, None, None])
-    return (words & 1).bool().flatten(3)[..., :channels].permute(0, 3, 1, 2)
-
-
 def turn_filter(weight: Tensor) -> Tensor:
     """Return the weight (C, K, R, S) of the input gradient of a convolution with `weight`.
 
@@ -194,28 +164,6 @@ def fused_conv2d_bwd_input(
         out_size=input_size,
         residual_stride=residual_stride,
     )
-
-
-def _natural_size(
-    input: Tensor, weight: Tensor, stride: int, padding: int, upsample: int
-) -> list[int]:
-    return [
-        ((size - 1) * upsample + 1 + 2 * padding - taps) // stride + 1
-        for size, taps in zip(input.shape[2:], weight.shape[2:], strict=True)
-    ]
-
-
-def output_shape(
-    input: Tensor,
-    weight: Tensor,
-    stride: int,
-    padding: int,
-    upsample: int,
-    out_size: Sequence[int] | None,
-) -> list[int]:
-    """Return [N, K, OH, OW]."""
-    size = _natural_size(input, weight, stride, padding, upsample) if out_size is None else out_size
-    return [input.shape[0], weight.shape[0], *size]
 
 
 def _check(
@@ -316,7 +264,7 @@ def _check_convolution(
         "fused_conv2d: upsample=2 needs stride=1, got stride=%s",
         stride,
     )
-    natural = _natural_size(input, weight, stride, padding, upsample)
+    natural = natural_size(input, weight, stride, padding, upsample)
     size = natural if out_size is None else list(out_size)
     require(
         len(size) == 2 and min(size) >= 1,
@@ -332,30 +280,9 @@ def _check_convolution(
     )
 
 
-def empty_output(
-    input: Tensor,
-    weight: Tensor,
-    *_: Tensor | None,
-    stride: int,
-    padding: int,
-    upsample: int,
-    out_size: Sequence[int] | None,
-    **__: object,
-) -> Tensor:
-    """Allocate the output of these arguments."""
-    shape = output_shape(input, weight, stride, padding, upsample, out_size)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_LAST)
-
-
-def _empty_positive(out: Tensor, save_positive: bool) -> Tensor:
-    n, k, h, w = out.shape
-    shape = (n, h, w, 4 * -(-k // 64)) if save_positive else (0,)
-    return torch.empty(shape, dtype=torch.int16, device=out.device)
-
-
 def _fake(*tensors: Tensor | None, save_positive: bool, **options: Any) -> tuple[Tensor, Tensor]:
     out = empty_output(*tensors, **options)  # type: ignore[arg-type]
-    return out, _empty_positive(out, save_positive)
+    return out, empty_positive(out, save_positive)
 
 
 _op = Op(
@@ -366,106 +293,7 @@ _op = Op(
     _fake,
 )
 _op.no_gradient()
-
-
-def _why_not_cuda(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    *,
-    relu: bool,
-    stride: int,
-    upsample: int,
-    residual_stride: int,
-    **_: object,
-) -> str | None:
-    reason = _compiled.why_not_cuda(input) or _compiled.why_not_dtype(
-        input, "input", torch.bfloat16
-    )
-    if reason is not None:
-        return reason
-    if torch.cuda.get_device_capability(input.device) != (9, 0):
-        return "its instructions are those of compute capability 9.0"
-    if input.shape[1] % 8 or weight.shape[0] % 64:
-        return "it takes input channels in multiples of 8, output channels in multiples of 64"
-    if weight.shape[2] != weight.shape[3] or weight.shape[2] > 3:
-        return "it takes square filters of up to 3x3"
-    if gate is not None and (gate.dtype != torch.int16 or bias is not None or relu):
-        return "it takes a gate of bits, without bias and ReLU"
-    if residual is not None and residual_stride == 2 and stride > 1:
-        return "it takes a residual at every second pixel only with stride 1"
-    return None
-
-
-def _problem(
-    input: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    **options: Any,
-) -> Problem:
-    return Problem(
-        n=input.shape[0],
-        c=input.shape[1],
-        k=weight.shape[0],
-        r=weight.shape[2],
-        out_h=out.shape[2],
-        out_w=out.shape[3],
-        stride=options["stride"],
-        upsample=options["upsample"],
-        residual_stride=0 if residual is None else options["residual_stride"],
-        gated=gate is not None,
-    )
-
-
-@_op.implementation("cuda", _why_not_cuda)
-def _cuda(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    *,
-    save_positive: bool,
-    tile: Tile | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Run csrc/cuda/fused_conv2d.cu, with the tile that is known to be fastest or with `tile`."""
-    out = empty_output(input, weight, **options)
-    positive = _empty_positive(out, save_positive)
-    if out.numel() == 0:
-        return out, positive
-    input, weight = (t.contiguous(memory_format=_LAST) for t in (input, weight))
-    residual = None if residual is None else residual.contiguous(memory_format=_LAST)
-    bias, gate = (None if t is None else t.contiguous() for t in (bias, gate))
-    bias = None if bias is None else bias.float()
-
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    n, c, h, w = input.shape
-    k, _, r, s = weight.shape
-    arguments = (
-        *map(address, (input, weight, bias, residual, gate, out)),
-        positive.data_ptr() if save_positive else 0,
-        [n, h, w, c, k, r, s, *out.shape[2:]],
-        *(options[name] for name in ("stride", "padding", "upsample", "residual_stride", "relu")),
-    )
-    device, stream = input.device.index, torch.cuda.current_stream(input.device).cuda_stream
-
-    def run(tile: Tile) -> None:
-        _compiled._C.fused_conv2d_cuda(*arguments, tile.arguments, device, stream)
-
-    def fits(tile: Tile) -> bool:
-        return _compiled._C.fused_conv2d_fits(*arguments, tile.arguments)
-
-    if tile is None:
-        tile = pick(device, _problem(input, weight, out, residual, gate, **options), run, fits)
-    run(tile)
-    return out, positive
+_op.implementation("cuda", why_not_cuda)(run_cuda)
 
 
 def _why_not_triton(
@@ -500,7 +328,7 @@ def _triton(
     from rtk.kernels.fused_conv2d import launch
 
     out = empty_output(input, weight, **options)
-    positive = _empty_positive(out, save_positive)
+    positive = empty_positive(out, save_positive)
     if out.numel() == 0:
         return out, positive
     del options["out_size"]  # it is out's
@@ -571,7 +399,7 @@ def _reference(
         input, weight, stride=stride, padding=padding, upsample=upsample, out_size=out_size
     )
     if out.numel() == 0:
-        return out, _empty_positive(out, save_positive)
+        return out, empty_positive(out, save_positive)
     exact = torch.promote_types(input.dtype, torch.float32)
     dilated = _dilate(input.to(exact), upsample)
     # The last row and column that the last output pixel sees: what F.pad adds or cuts off.
@@ -583,48 +411,4 @@ def _reference(
     )
     z = F.conv2d(F.pad(dilated, (padding, right, padding, below)), weight.to(exact), stride=stride)
     out.copy_(_epilogue(z, bias, residual, gate, relu, residual_stride))
-    return out, pack_positive(out) if save_positive else _empty_positive(out, False)
-
-
-def _cudnn(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
-    *,
-    relu: bool = False,
-    stride: int = 1,
-    padding: int = 0,
-    upsample: int = 1,
-    out_size: Sequence[int] | None = None,
-    residual_stride: int = 1,
-    forward_weight: Tensor | None = None,
-) -> Tensor:
-    """Do the same with torch's own operators, rounding in between: the peer to be measured against.
-
-    cuDNN's fused operators run where they can (ReLU, no gate, residual of the output's size);
-    else aten's convolution, or for upsample=2 the transposed one, and elementwise operators. The
-    transposed one takes the weight of the forward convolution, which costs time to make here.
-    """
-    fused = relu and gate is None and residual_stride == 1 and upsample == 1 and out_size is None
-    if fused:
-        bias = None if bias is None else bias.to(input.dtype)
-        conv = (bias, [stride] * 2, [padding] * 2, [1, 1], 1)
-        if residual is None:
-            return torch.cudnn_convolution_relu(input, weight, *conv)
-        return torch.cudnn_convolution_add_relu(input, weight, residual, 1.0, *conv)
-    size = output_shape(input, weight, stride, padding, upsample, out_size)[2:]
-    if upsample == 1:
-        z = F.conv2d(input, weight, stride=stride, padding=padding)
-    else:
-        natural = _natural_size(input, weight, stride, padding, upsample)
-        z = F.conv_transpose2d(
-            input,
-            turn_filter(weight) if forward_weight is None else forward_weight,
-            stride=upsample,
-            padding=[taps - 1 - padding for taps in weight.shape[2:]],
-            output_padding=[max(0, w - n) for w, n in zip(size, natural, strict=True)],
-        )
-    z = z[:, :, : size[0], : size[1]]
-    return _epilogue(z, bias, residual, gate, relu, residual_stride)
+    return out, pack_positive(out) if save_positive else empty_positive(out, False)

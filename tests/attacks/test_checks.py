@@ -120,7 +120,7 @@ def test_a_model_of_another_precision_is_attacked_in_fp32(trained, losses, name,
     assert (x_adv - x).abs().max() <= 8 / 255 * (1 + 1e-5)
     assert x_adv.min() >= 0 and x_adv.max() <= 1
     if name not in ("square", "early_stop"):
-        assert losses(model, x_adv, y).mean() > 2 * losses(model, x, y).mean()
+        assert losses(model, x_adv, y).mean() > 1.2 * losses(model, x, y).mean()
     assert all(p.dtype == dtype and p.requires_grad for p in converted.parameters())
     assert not any(module.training for module in converted.modules())
 

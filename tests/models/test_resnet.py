@@ -49,6 +49,20 @@ def test_7x7_at_width_1_is_torchvisions_network(arch):
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_in_training_it_is_torchvisions_network_bit_for_bit(arch):
+    model = build(arch=arch, stem="7x7", width=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    theirs = getattr(torchvision.models, arch)(num_classes=10)
+    theirs.load_state_dict(model.state_dict())
+    x, y = pixels(4, side=64), torch.arange(4)
+    for network in (model, theirs):
+        cross_entropy(network.train()(x), y).backward()
+    for ours, other in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours.grad, other.grad)
+    ours, other = model.state_dict(), theirs.state_dict()
+    assert all(torch.equal(ours[k], other[k]) for k in ours)  # the running statistics
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_3x3_stem_differs_from_torchvision_in_the_stem_only(arch):
     ours = build(arch=arch, width=1.0).state_dict()
     theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()

@@ -29,8 +29,18 @@ def bytes_by_the_reference(x: Tensor) -> list[Tensor]:
         ]
 
 
+def batch_norm(x: Tensor, w: Tensor) -> list[Tensor]:
+    """Activations, gradients and running statistics, which start anew in every call."""
+    x = w.transpose(0, 1).contiguous(memory_format=torch.channels_last)
+    leaves = [x.detach().requires_grad_(), w[:, 0, 0, 0].clone().requires_grad_()]
+    buffers = torch.zeros(8, device="cuda"), torch.ones(8, device="cuda")
+    out = ops.batch_norm_act(leaves[0], x, leaves[1], None, *buffers, training=True, relu=True)
+    return [out.detach(), *buffers, *torch.autograd.grad(out.square().sum(), leaves)]
+
+
 CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "masked_conv2d": convolution,
+    "batch_norm_act": batch_norm,
     "prepare_weight": lambda x, w: [ops.prepare_weight(w, w > 0, dtype=torch.bfloat16)],
     "block_matmul": lambda x, w: [ops.block_matmul(x, w[0, 0].tile(2, 2), x[0, 0, :2, :2] > 0, 3)],
     "topk_mask": lambda x, w: ops.topk_mask([x, w], [100, 50]),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rtk.ops import backend as forced
+from rtk.ops import pack_positive
 from rtk.ops._registry import ops
-from rtk.ops.fused_conv2d import pack_positive
 
 
 def randn(*shape: int, grad: bool = False, last: bool = False, dtype=torch.float32) -> Tensor:
@@ -61,6 +61,8 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
     w3, w7, b, c = randn(8, 3, 3, 3), randn(8, 3, 7, 7), randn(8), torch.rand(3) + 0.1
     no_index = torch.empty(0, dtype=torch.uint8)
     middle = torch.full((2, 8, 1, 2), 4, dtype=torch.uint8)
+    bn, small_grad = torch.rand(4) + 0.5, randn(2, 4, 7, 6)
+    bits = torch.randint(16, (2, 7, 6, 1), dtype=torch.uint8)
     return {
         "masked_conv2d": [
             ((x, w, m, bias, *CONV), {}),
@@ -105,6 +107,19 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w_full, None, None, None), FUSED),
             ((x, w_full, bias, small, None), FUSED | {"relu": True, "save_positive": True}),
             ((x.detach(), w_full.detach(), None, None, pack_positive(small)), FUSED),
+        ],
+        "batch_norm_stats": [
+            ((half.detach(), torch.zeros(4), torch.ones(4), torch.tensor(2), 0.1), {}),
+            ((x_last.detach(), None, None, None, 0.1), {}),
+        ],
+        "batch_norm_act": [
+            ((x_last, x, bn, bn, randn(4, grad=True), None, True, 1e-5, True, True), {}),
+            ((half, None, bn, bn, bn, bn, False, 1e-5, False, False), {}),
+            ((x, x_last, bn, bn, None, randn(4, grad=True), False, 1e-5, True, False), {}),
+        ],
+        "batch_norm_act_bwd": [
+            ((small_grad, x.detach(), bits, bn, bn, bn, True, 1e-5, [True] * 4), {}),
+            ((small_grad, None, None, bn, bn, None, False, 1e-5, [True, *[False] * 3]), {}),
         ],
         "stem_conv2d": [
             ((image, w3, b, c, c), S3),

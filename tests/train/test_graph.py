@@ -372,15 +372,16 @@ def test_a_failed_capture_leaves_everything_as_it_was(pretended, monkeypatch, br
     real = vars(Graphed)["_capture"]  # the pretended one
     monkeypatch.undo()
     assert vars(Graphed)["_capture"] is not real
-    refused = Refused(monkeypatch)
-    refused.broken = broken
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     model = small()
     optimizer = sgd(model)
     step = make_step(model, optimizer, amp=None)
     for batch in images(2, "cpu"):
         step(*batch)
+    (inputs,) = images(1, "cpu")
     step._state = step.state()
+    refused = Refused(monkeypatch)  # from here on: seeding would look for its generators
+    refused.broken = broken
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     drawn = torch.get_rng_state()
@@ -393,7 +394,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(pretended, monkeypatch, br
 
     monkeypatch.setattr(step, "recorded", fails)
     with pytest.raises(CannotCapture, match=r"^first line$"):
-        step._capture(images(1, "cpu")[0], ())
+        step._capture(inputs, ())
     assert not step.captured
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     now = [state["momentum_buffer"] for state in optimizer.state.values()]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rtk.attacks.fused.structure import Structure
 from rtk.ops.fold_weights import FoldedLayer
-from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, unpack_positive
+from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input
+from rtk.ops.positive_bits import unpack_positive
 
 Pending = tuple[Tensor, int]  # a gradient, and the stride of the pixels that it belongs to
 

@@ -15,7 +15,8 @@ from rtk.attacks.fused.structure import Step, Structure
 from rtk.attacks.fused.trace import unwrap
 from rtk.errors import RtkError
 from rtk.ops.fold_weights import FoldPlan
-from rtk.ops.fused_conv2d import fused_conv2d, pack_positive
+from rtk.ops.fused_conv2d import fused_conv2d
+from rtk.ops.positive_bits import pack_positive
 
 
 class FusedProgram:

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from rtk.attacks.fused.layers import Layer, NotApplicable, why_not_convolution, why_not_norm
 from rtk.attacks.fused.structure import Scale, Step, Structure
 from rtk.attacks.fused.trace import describe, trace
+from rtk.nn import BatchNormAct2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
@@ -152,6 +153,8 @@ class _Reader:
             return symbol
         if isinstance(module, nn.Conv2d):
             return self._convolved(node, module, symbol)
+        if isinstance(module, BatchNormAct2d):
+            return self._normed_and_activated(node, module, symbol)
         if isinstance(module, _NORMS):
             return self._normed(node, module, symbol)
         if isinstance(module, nn.MaxPool2d):
@@ -196,6 +199,16 @@ class _Reader:
         if reason := why_not_norm(norm):
             raise NotApplicable(f"{describe(node)}: {reason}")
         return _Normed(Layer(source.name, source.conv, norm), source.source)
+
+    def _normed_and_activated(
+        self, node: fx.Node, norm: BatchNormAct2d, source: _Symbol | None
+    ) -> _Symbol | None:
+        """Read BatchNormAct2d's (x, residual=None, relu=False) as the nodes that it stands for."""
+        arguments = dict(zip(("residual", "relu"), node.args[1:], strict=False)) | node.kwargs
+        symbol: _Symbol | None = self._normed(node, norm, source)
+        if arguments.get("residual") is not None:
+            symbol = self._added(node, symbol, self._symbol_of(arguments["residual"]))
+        return self._activated(node, symbol) if arguments.get("relu", False) else symbol
 
     def _added(self, node: fx.Node, a: _Symbol | None, b: _Symbol | None) -> _Added | None:
         # The deeper convolution takes the other as its residual: its own input comes later.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from rtk.attacks.fused.layers import NotApplicable
+from rtk.nn import BatchNormAct2d
 from rtk.nn._masked import MaskedLayer
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -40,7 +41,7 @@ def describe(node: fx.Node) -> str:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, MaskedLayer):
+        if isinstance(m, MaskedLayer | BatchNormAct2d):
             return True
         # torchvision's looks at its argument's type, which a trace cannot.
         transform = type(m).__module__.startswith("torchvision.transforms")
