@@ -13,11 +13,34 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import rtk
 
 Step = Callable[[Tensor, Tensor], Tensor]
+
+
+def network(arch: str, stem: str, classes: int, *, ours: bool) -> nn.Module:
+    """Return a ResNet that normalises inside: rtk's, or for the peers torchvision's plain one."""
+    mean, std = (0.5,) * 3, (0.25,) * 3
+    if ours:
+        return rtk.models.create(rtk.models.ModelSpec(arch, stem, 1.0, classes, mean, std))
+    plain = getattr(torchvision.models, arch)(num_classes=classes)
+    if stem == "3x3":
+        plain.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        plain.maxpool = nn.Identity()
+    return nn.Sequential(_Normalise(mean, std), plain)
+
+
+class _Normalise(nn.Module):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 def ours(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
@@ -157,3 +180,4 @@ PEERS: dict[str, Callable[..., Step]] = {
     "natural-by-hand": natural,
     "natural-rtk": ours_natural,
 }
+OURS = ("rtk", "natural-rtk")

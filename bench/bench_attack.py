@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack_peers import PEERS
+from attack_peers import OURS, PEERS, network
 
 import rtk
 
@@ -28,8 +28,7 @@ def bench_attack(case, peer, measure, benchmark):
     arch, stem, size, batch, steps = CASES[case]
     benchmark.group = f"adversarial training step {case}, PGD-{steps}"
     torch.manual_seed(0)
-    spec = rtk.models.ModelSpec(arch, stem, 1.0, 1000, mean=(0.5,) * 3, std=(0.25,) * 3)
-    model = rtk.models.create(spec)
+    model = network(arch, stem, 1000, ours=peer in OURS)
     model = model.cuda().to(memory_format=torch.channels_last).train()
     hyper = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4}
     optimizer = torch.optim.SGD(model.parameters(), **hyper, fused=True)
