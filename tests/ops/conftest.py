@@ -61,7 +61,7 @@ def compile_for_hopper(tmp_path: Path) -> Callable[..., Compiled]:
             attrs={
                 (i,): [["tt.divisibility", 16]]
                 for i, n in enumerate(names)
-                if types.get(n, "").startswith("*") or n in divisible
+                if n not in constants and (types.get(n, "").startswith("*") or n in divisible)
             },
         )
         target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
