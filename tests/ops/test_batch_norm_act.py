@@ -244,7 +244,6 @@ def test_the_triton_kernels_move_16_bytes_a_thread(
 ):
     import triton
     from packaging.version import Version
-
     from rtk.kernels import batch_norm_act as kernels
 
     function = getattr(kernels, kernel)
