@@ -91,7 +91,7 @@ def _road(out: Path, name: str, seed: int, attack: AttackConfig) -> list[StageCo
                     ticket=drawn,
                     mode=mode,
                     data=DataConfig("digits[5-9]"),
-                    train=replace(TRAIN, epochs=4),
+                    train=replace(TRAIN, epochs=3),
                 )
             )
             stages.append(
