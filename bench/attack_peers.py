@@ -1,13 +1,14 @@
 """Adversarial training steps to compare with: what people use, and the best written by hand.
 
 Each maker takes (model, optimizer, attack) and returns step(x, y) -> loss. All climb the same PGD:
-Linf, random start, batch norm in eval while attacking.
+Linf, random start; batch norm is in eval while attacking, but where a maker says otherwise.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -68,35 +69,55 @@ def natural(model: nn.Module, optimizer: torch.optim.Optimizer, _: rtk.attacks.P
     return _graphed(step)
 
 
-def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
-    """The expert's best: compiled, bf16, one graph, attacking a view without weight gradients."""
-    view = copy.deepcopy(model).eval().requires_grad_(False)
-    for mine, theirs in zip(view.parameters(), model.parameters(), strict=True):
-        mine.data = theirs.data  # a view: no copy of the weights
-    for module, original in zip(view.modules(), model.modules(), strict=True):
-        module._buffers = original._buffers
-    compiled, compiled_view = torch.compile(model), torch.compile(view)
+def by_hand(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    attack: rtk.attacks.PGD,
+    *,
+    compiled: bool = True,
+    graphed: bool = True,
+    frozen: bool = True,
+) -> Step:
+    """The expert's best: compiled, bf16, one graph, attacking a view without weight gradients.
 
-    @torch.compile
+    Batch norm is in eval while attacking. Each of the three can be left out, to see what it gives:
+    without the view the model itself is attacked, in train mode, as loops from a tutorial do.
+    """
+    view = _frozen_view(model) if frozen else model
+    if compiled:
+        model, view = torch.compile(model), torch.compile(view)
+
     def move(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
         delta = (x_adv + attack.step_size * grad.sign() - x).clamp(-attack.eps, attack.eps)
         return (x + delta).clamp(0, 1)
+
+    update = torch.compile(move) if compiled else move
 
     def step(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
             x_adv = (x + torch.empty_like(x).uniform_(-attack.eps, attack.eps)).clamp(0, 1)
             for _ in range(attack.steps):
                 x_adv = x_adv.detach().requires_grad_()
-                loss = F.cross_entropy(compiled_view(x_adv).float(), y)
+                loss = F.cross_entropy(view(x_adv).float(), y)
                 (grad,) = torch.autograd.grad(loss, x_adv)
-                x_adv = move(x_adv.detach(), grad, x)
-            loss = F.cross_entropy(compiled(x_adv).float(), y)
+                x_adv = update(x_adv.detach(), grad, x)
+            loss = F.cross_entropy(model(x_adv).float(), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    return _graphed(step)
+    return _graphed(step) if graphed else step
+
+
+def _frozen_view(model: nn.Module) -> nn.Module:
+    """The same weights and buffers, without gradients and with batch norm in eval."""
+    view = copy.deepcopy(model).eval().requires_grad_(False)
+    for mine, theirs in zip(view.parameters(), model.parameters(), strict=True):
+        mine.data = theirs.data  # a view: no copy of the weights
+    for module, original in zip(view.modules(), model.modules(), strict=True):
+        module._buffers = original._buffers
+    return view
 
 
 def torchattacks(
@@ -175,6 +196,9 @@ def _graphed(step: Step) -> Step:
 PEERS: dict[str, Callable[..., Step]] = {
     "robustness": robustness,
     "torchattacks": torchattacks,
+    "bf16": partial(by_hand, compiled=False, graphed=False, frozen=False),
+    "bf16-compiled": partial(by_hand, graphed=False, frozen=False),
+    "bf16-compiled-graphed": partial(by_hand, frozen=False),
     "by-hand": by_hand,
     "rtk": ours,
     "natural-by-hand": natural,
