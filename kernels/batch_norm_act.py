@@ -50,8 +50,10 @@ def _per_channel(ptr, column, channels, default: tl.constexpr, BLOCK_C: tl.const
     """Load a channel's number, in fp32, shaped to broadcast over a tile."""
     c = column + tl.arange(0, BLOCK_C)[None, None, :]
     if ptr is None:
-        return tl.full((1, 1, BLOCK_C), default, tl.float32)
-    return tl.load(ptr + c, mask=c < channels, other=default).to(tl.float32)
+        value = tl.full((1, 1, BLOCK_C), default, tl.float32)
+    else:
+        value = tl.load(ptr + c, mask=c < channels, other=default).to(tl.float32)
+    return value
 
 
 @triton.jit(do_not_specialize=_SIZES)

@@ -230,13 +230,23 @@ TYPES = dict.fromkeys(IMAGES, "*bf16") | {"bits_ptr": "*u8", "eps": "fp32"}
 TYPES |= dict.fromkeys(("rows", "groups", "tiles_a_part"), "i32")
 
 
+# What the interpreter takes and the compiler does not shows here too: optional tensors left out.
+NO_WEIGHTS = dict.fromkeys(("weight_ptr", "bias_ptr"))
+NO_BITS = {"bits_ptr": None}
+
+
 @pytest.mark.parametrize(
     ("kernel", "constants", "loads", "stores"),
     [
         ("batch_norm_sums", {"U": 4}, 8, 0),
         ("batch_norm_apply", {"U": 2, "RELU": True}, 4, 2),
+        ("batch_norm_apply", {"U": 2, "RELU": False, "residual_ptr": None} | NO_BITS, 2, 2),
+        ("batch_norm_apply", {"U": 2, "RELU": True} | NO_WEIGHTS, 4, 2),
         ("batch_norm_bwd_sums", {"U": 2}, 4, 0),
+        ("batch_norm_bwd_sums", {"U": 2} | NO_BITS, 4, 0),
         ("batch_norm_bwd_apply", {"U": 2, "TRAINING": True}, 4, 4),
+        ("batch_norm_bwd_apply", {"U": 2, "TRAINING": True, "weight_ptr": None}, 4, 4),
+        ("batch_norm_bwd_apply", {"U": 2, "TRAINING": False, "x_ptr": None} | NO_BITS, 2, 4),
     ],
 )
 def test_the_triton_kernels_move_16_bytes_a_thread(
