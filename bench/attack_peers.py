@@ -126,14 +126,21 @@ def torchattacks(
     """torchattacks' PGD in a plain loop, fp32 with TF32, as its users run it."""
     package = pytest.importorskip("torchattacks")
     pgd = package.PGD(model, eps=attack.eps, alpha=attack.step_size, steps=attack.steps)
-    return _eager_tf32(model, optimizer, pgd)
+
+    def logits(x: Tensor, y: Tensor) -> Tensor:
+        model.eval()
+        x_adv = pgd(x, y)
+        model.train()
+        return model(x_adv)
+
+    return _eager_tf32(optimizer, logits)
 
 
 def robustness(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.attacks.PGD) -> Step:
-    """robustness' attacker in a plain loop, fp32 with TF32; its model normalises inside as well."""
+    """robustness' model in its loop, fp32 with TF32; it normalises a second time, by nothing."""
     attacker = pytest.importorskip("robustness.attacker")
     dataset = SimpleNamespace(mean=torch.zeros(3), std=torch.ones(3))
-    wrapped = attacker.AttackerModel(model, dataset).cuda()
+    wrapped = attacker.AttackerModel(_Plain(model), dataset).to(next(model.parameters()).device)
     options = {
         "constraint": "inf",
         "eps": attack.eps,
@@ -143,24 +150,32 @@ def robustness(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.a
         "use_best": False,  # faster, and what the others do
     }
 
-    def perturb(x: Tensor, y: Tensor) -> Tensor:
-        _, x_adv = wrapped(x, y, make_adv=True, **options)
-        return x_adv
+    def logits(x: Tensor, y: Tensor) -> Tensor:
+        output, _ = wrapped(x, y, make_adv=True, **options)
+        return output
 
-    return _eager_tf32(model, optimizer, perturb)
+    return _eager_tf32(optimizer, logits)
+
+
+class _Plain(nn.Module):
+    """A model that can be asked for the options of robustness' own ones, which nobody wants here."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, **_: bool) -> Tensor:
+        return self.model(x)
 
 
 def _eager_tf32(
-    model: nn.Module, optimizer: torch.optim.Optimizer, perturb: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer, adversarial_logits: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
     def step(x: Tensor, y: Tensor) -> Tensor:
-        model.eval()
-        x_adv = perturb(x, y)
-        model.train()
-        loss = F.cross_entropy(model(x_adv), y)
+        loss = F.cross_entropy(adversarial_logits(x, y), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
