@@ -158,7 +158,7 @@ def robustness(model: nn.Module, optimizer: torch.optim.Optimizer, attack: rtk.a
 
 
 class _Plain(nn.Module):
-    """A model that can be asked for the options of robustness' own ones, which nobody wants here."""
+    """A model that takes what robustness asks of its own ones, and ignores it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
