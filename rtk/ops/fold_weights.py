@@ -10,7 +10,7 @@ K C R S weight; K output channels, C input channels, R S filter.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -148,9 +148,10 @@ class FoldPlan:
         self.layers = list(layers)
         self.dtype = dtype
         self.device = first.device
-        self.folded = self._allocate()
-        self._table: Tensor | None = None
-        self._tiles = 0
+        exact = torch.promote_types(first.dtype, torch.float32)
+        shapes = [layer.weight.shape for layer in layers]
+        self._table = FoldTable(shapes, dtype, exact, first.device)
+        self.folded = self._table.folded
         self._addresses: list[int] = []
 
     def __call__(self) -> list[FoldedLayer]:
@@ -161,24 +162,6 @@ class FoldPlan:
             for layer, folded in zip(self.layers, self.folded, strict=True):
                 fold_reference(layer, folded)
         return self.folded
-
-    def _allocate(self) -> list[FoldedLayer]:
-        exact = torch.promote_types(self.layers[0].weight.dtype, torch.float32)
-        weights, biases = (_Arena(dtype, self.device) for dtype in (self.dtype, exact))
-        for layer in self.layers:
-            k, c, r, s = layer.weight.shape
-            weights.reserve(k, r, s, c)
-            weights.reserve(c, r, s, k)
-            biases.reserve(k)
-        of_weights, of_biases = weights.views(), biases.views()
-        return [
-            FoldedLayer(
-                next(of_weights).permute(0, 3, 1, 2),
-                next(of_weights).permute(0, 3, 1, 2),
-                next(of_biases),
-            )
-            for _ in self.layers
-        ]
 
     def _why_not_cuda(self) -> str | None:
         weight = self.layers[0].weight
@@ -203,30 +186,77 @@ class FoldPlan:
             0 if t is None else t.data_ptr() for layer in self.layers for t in layer.tensors()
         ]
         if addresses != self._addresses:
-            self._send_table()
+            self._table.send(table_row(layer) for layer in self.layers)
             self._addresses = addresses
-        assert self._table is not None
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        _compiled._C.fold_weights_cuda(
-            self._table.data_ptr(), len(self.layers), self._tiles, self.device.index, stream
-        )
+        self._table.launch()
 
-    def _send_table(self) -> None:
+
+class FoldTable:
+    """What the CUDA kernel reads: where the layers are, and where they go, in one arena.
+
+    Args:
+        shapes: (K, C, R, S) of the layers.
+        dtype: of the folded weights.
+        exact: of the folded biases.
+        device: of all.
+    """
+
+    def __init__(
+        self,
+        shapes: Iterable[torch.Size],
+        dtype: torch.dtype,
+        exact: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        weights, biases = _Arena(dtype, device), _Arena(exact, device)
+        shapes = list(shapes)
+        for k, c, r, s in shapes:
+            weights.reserve(k, r, s, c)
+            weights.reserve(c, r, s, k)
+            biases.reserve(k)
+        of_weights, of_biases = weights.views(), biases.views()
+        self.device = device
+        self.folded = [
+            FoldedLayer(
+                next(of_weights).permute(0, 3, 1, 2),
+                next(of_weights).permute(0, 3, 1, 2),
+                next(of_biases),
+            )
+            for _ in shapes
+        ]
+        self._memory: Tensor | None = None
+        self._tiles = 0
+
+    def send(self, rows: Iterable[list[int]]) -> None:
+        """Tell the GPU where the layers are: a `table_row` each, in the order of the shapes.
+
+        Raises:
+            RtkError: while a CUDA graph is being captured.
+        """
         require(
             not torch.cuda.is_current_stream_capturing(),
             "fold_weights: a tensor of the model moved (or the plan was never called) and a CUDA "
             "graph is being captured; call the plan once before",
         )
-        rows, tiles = [], 0
-        for layer, folded in zip(self.layers, self.folded, strict=True):
-            rows.append(_table_row(layer, folded, tiles))
-            tiles += _tiles_of(layer.weight)
-        host = torch.tensor(rows, dtype=torch.int64).pin_memory()
-        if self._table is None:
-            self._table = torch.empty_like(host, device=self.device)
+        table, tiles = [], 0
+        for row, folded in zip(rows, self.folded, strict=True):
+            out = [t.data_ptr() for t in (folded.weight, folded.turned, folded.bias)]
+            table.append([*row[:_OUT], *out, *row[_OUT:], tiles])
+            tiles += _tiles_of(folded.weight.shape)
+        host = torch.tensor(table, dtype=torch.int64).pin_memory()
+        if self._memory is None:
+            self._memory = torch.empty_like(host, device=self.device)
         # Into the same memory: a graph that was captured before reads the new addresses.
-        self._table.copy_(host, non_blocking=True)
+        self._memory.copy_(host, non_blocking=True)
         self._tiles = tiles
+
+    def launch(self) -> None:
+        """Fold all layers, on the current stream."""
+        assert self._memory is not None, "send comes first"
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        _compiled._C.fold_weights_cuda(
+            self._memory.data_ptr(), len(self.folded), self._tiles, self.device.index, stream
+        )
 
 
 class _Arena:
@@ -271,12 +301,13 @@ def fold_reference(layer: FoldLayer, folded: FoldedLayer) -> None:
     folded.bias.copy_(bias)
 
 
-# The two below mirror `Layer` and the tiles of csrc/cuda/fold_weights.cu.
+# What follows mirrors `Layer` and the tiles of csrc/cuda/fold_weights.cu.
+_OUT = 7  # where in a row the results' addresses go
 
 
-def _tiles_of(weight: Tensor) -> int:
+def _tiles_of(shape: torch.Size) -> int:
     """Return how many tiles the kernel cuts a weight into."""
-    k, c, r, s = weight.shape
+    k, c, r, s = shape
     side = 64 if r * s == 1 else 32
     return -(-k // side) * -(-c // side) * -(-(r * s) // 9)
 
@@ -286,17 +317,14 @@ def _strides(tensor: Tensor) -> list[int]:
     return [0 if n == 1 else step for n, step in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
-def _table_row(layer: FoldLayer, folded: FoldedLayer, first_tile: int) -> list[int]:
+def table_row(layer: FoldLayer) -> list[int]:
+    """Return how a layer lies in memory; valid as long as its tensors stay where they are."""
     weight, mask = layer.weight, layer.mask
     bits = struct.unpack("<i", struct.pack("<f", layer.eps))[0]
     return [
         *(0 if t is None else t.data_ptr() for t in layer.tensors()),
-        folded.weight.data_ptr(),
-        folded.turned.data_ptr(),
-        folded.bias.data_ptr(),
         *weight.shape,
         *_strides(weight),
         *((0,) * 4 if mask is None else _strides(mask.expand(weight.shape))),
         bits,
-        first_tile,
     ]

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from rtk.errors import check_choice
 from rtk.ops import _compiled
+from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
 from rtk.ops.prepare_weight import (
     FLOATS,
@@ -260,17 +261,26 @@ def _check_bwd_weight(
 
 
 def _bwd_weight(
-    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_needs: Any
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    *conv_and_needs: Any,
+    prepare: Prepare = prepare_now,
 ) -> list[Tensor]:
     *conv, (need_weight, need_mask) = conv_and_needs
     shape = _shape_only(input, weight.shape, wants_channels_last(input, weight))
     dense = _convolve_backward(grad, input, shape, *conv, needs=[False, True, False])[1]
-    dense = dense.to(weight.dtype)
     gradients = []
-    if need_weight:
-        gradients.append(apply_mask(dense, mask).to(weight.dtype))
+    if need_weight:  # in the weight's own format: autograd would copy it there
+        channels_last = memory_format(weight) == torch.channels_last
+        gradients.append(prepare(dense, mask, weight.dtype, channels_last))
     if need_mask:
-        gradients.append(mask_gradient(dense, weight, mask))
+        if mask.shape == weight.shape:
+            channels_last = memory_format(mask) == torch.channels_last
+            gradients.append(prepare(weight, dense, mask.dtype, channels_last))
+        else:
+            gradients.append(mask_gradient(dense, weight, mask))
     return gradients
 
 
@@ -279,7 +289,7 @@ _op_bwd_weight = Op(
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[2] needs) "
     "-> Tensor[]",
     _check_bwd_weight,
-    _bwd_weight,
+    partial(_bwd_weight, prepare=prepare_fake),
 )
 
 # Backends differ in how they prepare the weight, and prepare_weight, itself an op, decides that.
