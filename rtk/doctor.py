@@ -94,7 +94,8 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     return {
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
-        "masked_conv2d_bwd_input": ((x, weight, mask, x.shape, False, *conv), {}),
+        "masked_conv2d_prepared": ((x, weight, mask, weight.to(dtype), None, *conv), {}),
+        "masked_conv2d_bwd_input": ((x, weight.to(dtype), x.shape, *conv), {}),
         "masked_conv2d_bwd_weight": ((x, x, weight, mask, *conv, [True, False]), {}),
         "pgd_step": ((pixels, pixels, pixels), {**ball, "step_size": 0.1}),
         "pgd_init": ((pixels,), {**ball, "seed": 0}),

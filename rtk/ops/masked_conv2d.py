@@ -23,6 +23,7 @@ from rtk.ops.prepare_weight import (
     apply_mask,
     check_mask,
     mask_gradient,
+    prepare_below_autograd,
     prepare_fake,
     prepare_now,
     wants_channels_last,
@@ -196,7 +197,7 @@ def _shape_only(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
     return torch.empty(shape, dtype=like.dtype, memory_format=format)
 
 
-def _on_prepared_weights(
+def _forward(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
@@ -213,44 +214,124 @@ _op = Op(
     "masked_conv2d(Tensor input, Tensor weight, Tensor mask, Tensor? bias, SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     _check,
-    partial(_on_prepared_weights, prepare=prepare_fake),
+    partial(_forward, prepare=prepare_fake),
 )
 _op.autocast_first_argument()
 
 
-def _check_bwd_input(
-    grad: Tensor,
+def masked_conv2d_prepared(
+    input: Tensor,
     weight: Tensor,
     mask: Tensor,
-    input_size: Sequence[int],
-    channels_last: bool,
+    prepared: Tensor,
+    bias: Tensor | None,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> Tensor:
+    """`masked_conv2d` for whoever has prepared the weight already, as a model does for all layers.
+
+    Args:
+        input: (N, C, H, W).
+        weight, mask: what gets the gradients; they are not read in the forward.
+        prepared: `prepare_weight(weight, mask, dtype=...)` in the dtype that the input is in, or
+            under autocast will be in. It must hold these values until after the backward.
+        bias, stride, padding, dilation, groups: as for `masked_conv2d`.
+
+    Returns:
+        What `masked_conv2d` returns, with its gradients.
+
+    Raises:
+        RtkError: as `masked_conv2d`; for a `prepared` of another shape, dtype or device.
+    """
+    return _op_prepared(
+        input,
+        weight,
+        mask,
+        prepared,
+        bias,
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+    )
+
+
+def _check_prepared(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
     *conv: Any,
 ) -> None:
-    _check_conv(input_size, weight, mask, *conv)
+    _check(input, weight, mask, bias, *conv)
+    require(
+        prepared.shape == weight.shape
+        and prepared.dtype == input.dtype
+        and prepared.device == input.device,
+        "masked_conv2d_prepared: prepared must be %s in %s on %s, got %s in %s on %s",
+        tuple(weight.shape),
+        input.dtype,
+        input.device,
+        tuple(prepared.shape),
+        prepared.dtype,
+        prepared.device,
+    )
 
 
-def _bwd_input(
-    grad: Tensor,
+def _forward_prepared(
+    input: Tensor,
     weight: Tensor,
     mask: Tensor,
-    input_size: Sequence[int],
-    channels_last: bool,
+    prepared: Tensor,
+    bias: Tensor | None,
     *conv: Any,
-    prepare: Prepare = prepare_now,
 ) -> Tensor:
+    return _convolve(input, prepared, bias, *conv)
+
+
+_op_prepared = Op(
+    "masked_conv2d_prepared(Tensor input, Tensor weight, Tensor mask, Tensor prepared, "
+    "Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) "
+    "-> Tensor",
+    _check_prepared,
+    _forward_prepared,
+)
+_op_prepared.autocast_first_argument()
+
+
+def _check_bwd_input(
+    grad: Tensor,
+    prepared: Tensor,
+    input_size: Sequence[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    require(
+        len(input_size) == 4 and input_size[1] == prepared.shape[1] * groups,
+        "masked_conv2d_bwd_input: input_size must be (N, C, H, W) with C = %s, got %s",
+        prepared.shape[1] * groups,
+        tuple(input_size),
+    )
+
+
+def _bwd_input(grad: Tensor, prepared: Tensor, input_size: Sequence[int], *conv: Any) -> Tensor:
     if any(isinstance(size, int) and size == 0 for size in input_size):
         return grad.new_empty(input_size)  # for no images, torch's fake has other strides
-    prepared = prepare(weight, mask, grad.dtype, channels_last)
+    channels_last = torch.channels_last in (memory_format(grad), memory_format(prepared))
     input = _shape_only(grad, input_size, channels_last)
     return _convolve_backward(grad, input, prepared, *conv, needs=[True, False, False])[0]
 
 
 _op_bwd_input = Op(
-    "masked_conv2d_bwd_input(Tensor grad, Tensor weight, Tensor mask, SymInt[] input_size, "
-    "bool channels_last, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "SymInt groups) -> Tensor",
+    "masked_conv2d_bwd_input(Tensor grad, Tensor prepared, SymInt[] input_size, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     _check_bwd_input,
-    partial(_bwd_input, prepare=prepare_fake),
+    _bwd_input,
 )
 
 
@@ -294,15 +375,13 @@ _op_bwd_weight = Op(
 
 # Backends differ in how they prepare the weight, and prepare_weight, itself an op, decides that.
 for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.why_not_cuda)):
-    _op.implementation(_backend, lambda x, w, m, *_, why=_why_not: why(x, w, m))(
-        _on_prepared_weights
-    )
-    _op_bwd_input.implementation(_backend, lambda g, w, m, *_, why=_why_not: why(g, w, m))(
-        _bwd_input
-    )
-    _op_bwd_weight.implementation(_backend, lambda g, x, w, m, *_, why=_why_not: why(g, x, w, m))(
-        _bwd_weight
-    )
+    for _each, _run in (
+        (_op, _forward),
+        (_op_prepared, _forward_prepared),
+        (_op_bwd_input, _bwd_input),
+        (_op_bwd_weight, _bwd_weight),
+    ):
+        _each.implementation(_backend, lambda x, w, *_, why=_why_not: why(x, w))(_run)
 
 
 @_op.implementation("reference")
@@ -314,49 +393,82 @@ def _reference(
     return _convolve(input, masked, bias, *conv)
 
 
+_op_prepared.implementation("reference")(_forward_prepared)
 _op_bwd_input.implementation("reference")(_bwd_input)
 _op_bwd_weight.implementation("reference")(_bwd_weight)
 
 
-class _Autograd(torch.autograd.Function):
+def _run_and_save(
+    ctx: Any,
+    needs: Sequence[bool],
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    *conv: Any,
+) -> Tensor:
+    """Convolve; keep for `_gradients` what those of (input, weight, mask, bias) that need one use.
+
+    The activations are kept for the weight's gradient only: an attack does not pay for them.
+    """
+    need_input, need_weight, need_mask, _ = needs
+    ctx.save_for_backward(
+        input if need_weight or need_mask else None, weight, mask, prepared if need_input else None
+    )
+    ctx.needs, ctx.conv = needs, conv
+    ctx.input_size = input.shape
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    return _op_prepared.below_autograd(input, weight, mask, prepared, bias, *conv)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, mask, prepared = ctx.saved_tensors
+    need_input, need_weight, need_mask, need_bias = ctx.needs
+    grad_input = grad_bias = None
+    if need_input:
+        grad_input = _op_bwd_input(grad, prepared, ctx.input_size, *ctx.conv)
+    gradients: list[Tensor] = []
+    if need_weight or need_mask:
+        gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, [need_weight, need_mask])
+    if need_bias:
+        grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
+    grad_weight = gradients.pop(0) if need_weight else None
+    grad_mask = gradients.pop(0) if need_mask else None
+    return grad_input, grad_weight, grad_mask, grad_bias
+
+
+class _AutogradPrepared(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        mask: Tensor,
-        bias: Tensor | None,
-        *conv: Any,
+        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, prepared: Tensor, *rest: Any
     ) -> Tensor:
-        need_weight = any(ctx.needs_input_grad[1:3])
-        # The activations are kept for the weight's gradient only: an attack does not pay for them.
-        ctx.save_for_backward(input if need_weight else None, weight, mask)
-        ctx.input_size = input.shape
-        ctx.channels_last = wants_channels_last(input, weight)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.conv = conv
-        return _op.below_autograd(input, weight, mask, bias, *conv)
+        needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+        return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mask = ctx.saved_tensors
-        need_input, need_weight, need_mask, need_bias = ctx.needs_input_grad[:4]
-        grad_input = grad_bias = None
-        if need_input:
-            grad_input = _op_bwd_input(
-                grad, weight, mask, ctx.input_size, ctx.channels_last, *ctx.conv
-            )
-        gradients: list[Tensor] = []
-        if need_weight or need_mask:
-            gradients = _op_bwd_weight(
-                grad, input, weight, mask, *ctx.conv, [need_weight, need_mask]
-            )
-        if need_bias:
-            grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
-        grad_weight = gradients.pop(0) if need_weight else None
-        grad_mask = gradients.pop(0) if need_mask else None
-        return grad_input, grad_weight, grad_mask, grad_bias, None, None, None, None
+        grad_input, grad_weight, grad_mask, grad_bias = _gradients(ctx, grad)
+        return grad_input, grad_weight, grad_mask, None, grad_bias, None, None, None, None
+
+
+class _Autograd(torch.autograd.Function):
+    """Prepares the weight once, for the forward and for the input's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+        prepared = prepare_below_autograd(
+            weight, mask, input.dtype, wants_channels_last(input, weight)
+        )
+        needs = ctx.needs_input_grad[:4]
+        return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grad), None, None, None, None
 
 
 _op.autograd(_Autograd)
+_op_prepared.autograd(_AutogradPrepared)

@@ -198,7 +198,14 @@ def prepare_now(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last:
     return _op.choose(*arguments).run(*arguments)
 
 
-prepare_fake = _fake  # its twin for fake tensors
+def prepare_below_autograd(
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """Run it inside another op's autograd function."""
+    return _op.below_autograd(weight, mask, dtype, channels_last)
+
+
+prepare_fake = _fake  # `prepare_now`'s twin for fake tensors
 
 
 def wants_channels_last(input: Tensor, weight: Tensor) -> bool:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rtk.ops import masked_conv2d
+from rtk.errors import RtkError
+from rtk.ops import masked_conv2d, prepare_weight
+from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 OP = "masked_conv2d"
 
@@ -116,6 +118,39 @@ def test_only_what_is_needed_is_saved_and_computed(needed, input_saved, backward
     assert {name for name in calls.names if "bwd" in name} == backward_ops
     assert given[needed].grad.abs().sum() > 0
     assert all(t.grad is None for name, t in given.items() if name != needed)
+
+
+def test_the_weight_is_prepared_once_for_both_passes():
+    given = tensors("cpu")
+    given["input"].requires_grad_(), given["weight"].requires_grad_()
+    with Calls() as calls:
+        masked_conv2d(**given).sum().backward()
+    assert calls.names.count("prepare_weight") == 1
+
+
+def test_a_weight_prepared_before_gives_the_same():
+    results = []
+    for before in (False, True):
+        torch.manual_seed(0)
+        given = tensors("cpu")
+        leaves = [given[name].requires_grad_() for name in ("input", "weight", "bias")]
+        if before:
+            ready = prepare_weight(given["weight"].detach(), given["mask"])
+            options = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
+            out = masked_conv2d_prepared(prepared=ready, **given, **options)
+        else:
+            out = masked_conv2d(**given, padding=1)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_prepared_weight_that_does_not_fit_is_refused():
+    given = tensors("cpu")
+    for wrong in (given["weight"][1:], given["weight"].bfloat16()):
+        with pytest.raises(RtkError, match="prepared must be"):
+            masked_conv2d_prepared(
+                prepared=wrong, **given, stride=1, padding=0, dilation=1, groups=1
+            )
 
 
 AUTOCAST = [

@@ -72,9 +72,14 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w, float_mask, bias, *CONV), {}),
         ],
         "masked_conv2d_bwd_input": [
-            ((up, w.detach(), m, [2, 4, 7, 6], False, *CONV), {}),
-            ((up_last, w.detach(), float_mask.detach(), [2, 4, 7, 6], True, *CONV), {}),
-            ((up[:0], w.detach(), m, [0, 4, 7, 6], True, *CONV), {}),
+            ((up, w.detach(), [2, 4, 7, 6], *CONV), {}),
+            ((up_last, w_last.detach(), [2, 4, 7, 6], *CONV), {}),
+            ((up[:0], w.detach(), [0, 4, 7, 6], *CONV), {}),
+        ],
+        "masked_conv2d_prepared": [
+            ((x, w, m, w.detach(), bias, *CONV), {}),
+            ((x_last, w, float_mask, w_last.detach(), None, *CONV), {}),
+            ((half, w, m, w.detach().bfloat16(), bias, *CONV), {}),
         ],
         "masked_conv2d_bwd_weight": [
             ((up, x.detach(), w.detach(), m, *CONV, [True, False]), {}),
