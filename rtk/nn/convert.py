@@ -9,6 +9,7 @@ from torch import nn
 
 from rtk.errors import RtkError, did_you_mean
 from rtk.nn._masked import MaskedLayer
+from rtk.nn._prepare import prepare_apart, prepare_together
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.nn.masked_linear import MaskedLinear
 
@@ -71,6 +72,7 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
             assert isinstance(module, nn.Linear)
             new[module] = MaskedLinear.from_linear(module, mask.clone())
     _swap(model, new)
+    prepare_together(model)
     return model
 
 
@@ -89,4 +91,5 @@ def fold(model: nn.Module) -> nn.Module:
         return model.fold()
     masked = [m for m in model.modules() if isinstance(m, MaskedConv2d | MaskedLinear)]
     _swap(model, {module: module.fold() for module in masked})
+    prepare_apart(model)
     return model

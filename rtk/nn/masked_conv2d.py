@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rtk import ops
 from rtk.nn._masked import MaskedLayer, adopt, fold_into
+from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
@@ -37,6 +38,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     """
 
     _legend = "(K, C, R, S)"
+    _prepared: Tensor | None = None  # by the model's forward, while that runs
 
     def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -54,6 +56,18 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
+        if self._prepared is not None and input.dim() == 4:
+            return masked_conv2d_prepared(
+                input,
+                self.weight,
+                self.mask,
+                self._prepared,
+                self.bias,
+                self.stride,
+                padding,
+                self.dilation,
+                self.groups,
+            )
         return ops.masked_conv2d(
             input,
             self.weight,

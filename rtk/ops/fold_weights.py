@@ -163,6 +163,14 @@ class FoldPlan:
                 fold_reference(layer, folded)
         return self.folded
 
+    @property
+    def moved(self) -> bool:
+        """Whether the next call has to send addresses, which a capture does not allow."""
+        return self._backend() == "cuda" and self._now() != self._addresses
+
+    def _now(self) -> list[int]:
+        return [0 if t is None else t.data_ptr() for layer in self.layers for t in layer.tensors()]
+
     def _why_not_cuda(self) -> str | None:
         weight = self.layers[0].weight
         return (
@@ -182,9 +190,7 @@ class FoldPlan:
         return forced
 
     def _run_cuda(self) -> None:
-        addresses = [
-            0 if t is None else t.data_ptr() for layer in self.layers for t in layer.tensors()
-        ]
+        addresses = self._now()
         if addresses != self._addresses:
             self._table.send(table_row(layer) for layer in self.layers)
             self._addresses = addresses
@@ -296,9 +302,11 @@ def fold_reference(layer: FoldLayer, folded: FoldedLayer) -> None:
             bias = bias + layer.beta.to(exact)
     if layer.mask is not None:
         weight = apply_mask(weight, layer.mask)
-    folded.weight.copy_(weight)
-    folded.turned.copy_(weight.flip(2, 3).transpose(0, 1))
-    folded.bias.copy_(bias)
+    results = folded.weight, folded.turned, folded.bias
+    with torch.autograd._unsafe_preserve_version_counter(results):  # as the kernel leaves it
+        folded.weight.copy_(weight)
+        folded.turned.copy_(weight.flip(2, 3).transpose(0, 1))
+        folded.bias.copy_(bias)
 
 
 # What follows mirrors `Layer` and the tiles of csrc/cuda/fold_weights.cu.

@@ -1,0 +1,115 @@
+"""All masked convolutions of a model prepared by one launch, when its forward begins.
+
+A layer alone masks and casts its weight itself, in a launch of its own. `mask_model` hangs a hook
+before and one after the model's forward: the first folds all masks into one arena, where the layers
+find their weights until the second. So a weight is as fresh as the forward that uses it, however it
+was changed, and in a captured CUDA graph the launch is part of the graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from rtk.nn.masked_conv2d import MaskedConv2d
+from rtk.ops.fold_weights import FoldLayer, FoldPlan
+
+
+class _Plan:
+    def __init__(self, layers: list[MaskedConv2d]) -> None:
+        self.layers = layers
+        self.masks = [layer.mask for layer in layers]
+        self.weights = [layer.weight for layer in layers]
+        self.fold = FoldPlan(
+            [FoldLayer(weight, mask) for weight, mask in zip(self.weights, self.masks, strict=True)]
+        )
+        self._versions: list[int] = []
+
+    def serves(self) -> bool:
+        """Whether the layers still have the tensors that it was made for."""
+        return all(
+            layer.mask is mask and layer.weight is weight and _serves(layer)
+            for layer, mask, weight in zip(self.layers, self.masks, self.weights, strict=True)
+        )
+
+    def run(self) -> None:
+        folded = self.fold()
+        versions = [t._version for t in (*self.weights, *self.masks)]
+        if versions != self._versions:  # a backward that still waits for the old ones must fail
+            torch.autograd.graph.increment_version([layer.weight for layer in folded])
+            self._versions = versions
+        for layer, ready in zip(self.layers, folded, strict=True):
+            layer._prepared = ready.weight
+
+
+_plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+
+
+def prepare_together(model: nn.Module) -> None:
+    """From now on prepare the model's masked convolutions at the start of its forward.
+
+    It is done on a GPU, under autocast to bf16, for fp32 weights in channels_last with a bool mask;
+    other layers prepare their weights themselves.
+    """
+    if _before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before)
+        model.register_forward_hook(_after, always_call=True)
+
+
+def prepare_apart(model: nn.Module) -> None:
+    """Undo `prepare_together`."""
+    for hooks, ours in ((model._forward_pre_hooks, _before), (model._forward_hooks, _after)):
+        for number in [number for number, hook in hooks.items() if hook is ours]:
+            del hooks[number]
+            model._forward_hooks_always_called.pop(number, None)
+    _plans.pop(model, None)
+
+
+def _before(model: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling() or not _wanted():
+        return
+    plan = _plans.get(model)
+    if plan is None or not plan.serves():
+        layers = [m for m in model.modules() if type(m) is MaskedConv2d and _serves(m)]
+        if not layers or _capturing():
+            return
+        plan = _plans[model] = _Plan(layers)
+    if not (plan.fold.moved and _capturing()):
+        plan.run()
+
+
+def _after(model: nn.Module, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    plan = _plans.get(model)
+    if plan is not None:
+        for layer in plan.layers:
+            layer._prepared = None
+
+
+def _wanted() -> bool:
+    return (
+        torch.is_autocast_enabled("cuda")
+        and torch.get_autocast_dtype("cuda") == torch.bfloat16
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _serves(layer: MaskedConv2d) -> bool:
+    weight, mask = layer.weight, layer.mask
+    return (
+        type(weight) is nn.Parameter
+        and weight.is_cuda
+        and (weight.dtype, mask.dtype) == (torch.float32, torch.bool)
+        and mask.device == weight.device
+        and weight.numel() > 0
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and not isinstance(layer.padding, str)
+    )
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
