@@ -65,18 +65,26 @@ def copy_rate() -> float:
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Time `function()` with warm-up and record bytes and FLOPs a call beside it.
 
+    `setup()`, if any, runs before every call, outside of the time.
+
     With `device="cuda"` the time is the GPU's, between events, with a cold L2 cache, and the rate
     stands beside that of a copy in the same run.
     """
 
     def run(
-        function: Callable[[], Any], *, bytes: int = 0, flops: int = 0, device: str = "cpu"
+        function: Callable[[], Any],
+        *,
+        bytes: int = 0,
+        flops: int = 0,
+        device: str = "cpu",
+        setup: Callable[[], None] | None = None,
     ) -> Any:
         on_gpu = device == "cuda"
         if on_gpu:
             benchmark._timer = _EventTimer()
         result = benchmark.pedantic(
             function,
+            setup=setup,
             rounds=ROUNDS if on_gpu else 30,
             warmup_rounds=WARMUP if on_gpu else 5,
             iterations=1,

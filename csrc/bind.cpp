@@ -105,21 +105,37 @@ void fold_weights_on_stream(Address table, int layers, int64_t tiles, int device
   fold_weights_cuda(pointer(table), layers, tiles, device, pointer(stream));
 }
 
-FusedConv2d fused_conv2d_args(Address x, Address w, Address bias, Address residual, Address gate, Address out,
-                              Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
-                              int residual_stride, bool relu, const std::array<int, 6>& tile) {
-  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
-  return {pointer(x), pointer(w), pointer(bias), pointer(residual), pointer(gate), pointer(out), pointer(positive),
-          n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride, relu,
-          tile[0], tile[1], tile[2] != 0, tile[3] != 0, tile[4], tile[5]};
+void topk_mask_on_stream(const std::vector<Address>& scores, const std::vector<int64_t>& sizes,
+                         const std::vector<Address>& masks, const std::vector<Address>& bits,
+                         const std::vector<int64_t>& k, Address device_k, int score_dtype, bool whole, bool fresh,
+                         Address workspace, int device, Address stream) {
+  if (scores.size() != sizes.size() || k.size() != (whole ? 1 : sizes.size()) ||
+      (!masks.empty() && masks.size() != sizes.size()) || (!bits.empty() && bits.size() != sizes.size())) {
+    throw std::invalid_argument("topk_mask: there must be one entry per tensor");
+  }
+  TopkMasks p{{}, sizes, {}, {}, k, pointer<const int32_t>(device_k), dtype(score_dtype), whole, fresh,
+              pointer(workspace)};
+  for (const Address address : scores) p.scores.push_back(pointer(address));
+  for (const Address address : masks) p.masks.push_back(pointer<uint8_t>(address));
+  for (const Address address : bits) p.bits.push_back(pointer<uint32_t>(address));
+  topk_mask_cuda(p, device, pointer(stream));
 }
 
-void fused_conv2d_on_stream(Address x, Address w, Address bias, Address residual, Address gate, Address out,
-                            Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
-                            int residual_stride, bool relu, const std::array<int, 6>& tile, int device,
+FusedConv2d fused_conv2d_args(Address x, Address w, Address bias, Address residual, Address gate, Address live,
+                              Address out, Address positive, const std::array<int, 9>& sizes, int stride, int padding,
+                              int upsample, int residual_stride, bool relu, const std::array<int, 7>& tile) {
+  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
+  return {pointer(x), pointer(w), pointer(bias), pointer(residual), pointer(gate), pointer(live), pointer(out),
+          pointer(positive), n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride, relu,
+          tile[0], tile[1], tile[2] != 0, tile[3] != 0, tile[4], tile[5], tile[6]};
+}
+
+void fused_conv2d_on_stream(Address x, Address w, Address bias, Address residual, Address gate, Address live,
+                            Address out, Address positive, const std::array<int, 9>& sizes, int stride, int padding,
+                            int upsample, int residual_stride, bool relu, const std::array<int, 7>& tile, int device,
                             Address stream) {
-  fused_conv2d_cuda(fused_conv2d_args(x, w, bias, residual, gate, out, positive, sizes, stride, padding, upsample,
-                                      residual_stride, relu, tile),
+  fused_conv2d_cuda(fused_conv2d_args(x, w, bias, residual, gate, live, out, positive, sizes, stride, padding,
+                                      upsample, residual_stride, relu, tile),
                     device, pointer(stream));
 }
 
@@ -127,18 +143,27 @@ void positive_bits_on_stream(Address x, Address bits, int64_t count, int device,
   positive_bits_cuda(pointer(x), pointer(bits), count, device, pointer(stream));
 }
 
-bool fused_conv2d_fits_args(Address x, Address w, Address bias, Address residual, Address gate, Address out,
-                            Address positive, const std::array<int, 9>& sizes, int stride, int padding, int upsample,
-                            int residual_stride, bool relu, const std::array<int, 6>& tile) {
-  return fused_conv2d_fits(fused_conv2d_args(x, w, bias, residual, gate, out, positive, sizes, stride, padding,
+void live_tiles_on_stream(Address w, int w_dtype, const Four& sizes, const Four& strides, Address out, int device,
+                          Address stream) {
+  LiveTiles p{pointer(w), dtype(w_dtype), pointer<uint64_t>(out), {}, {}};
+  copy(sizes, p.sizes);
+  copy(strides, p.strides);
+  live_tiles_cuda(p, device, pointer(stream));
+}
+
+bool fused_conv2d_fits_args(Address x, Address w, Address bias, Address residual, Address gate, Address live,
+                            Address out, Address positive, const std::array<int, 9>& sizes, int stride, int padding,
+                            int upsample, int residual_stride, bool relu, const std::array<int, 7>& tile) {
+  return fused_conv2d_fits(fused_conv2d_args(x, w, bias, residual, gate, live, out, positive, sizes, stride, padding,
                                              upsample, residual_stride, relu, tile));
 }
 
 void stem_conv2d_on_stream(Address x, int x_dtype, const Four& x_strides, Address weight, Address bias, Address mean,
-                           Address std, Address out, Address index, const Four& nhwk, bool pool, int device,
-                           Address stream) {
+                           Address std, Address out, Address index, Address positive, const Four& nhwk,
+                           bool pool, int device, Address stream) {
   StemConv2d p{pointer(x), dtype(x_dtype), {}, pointer<float>(weight), pointer<float>(bias), pointer<float>(mean),
-               pointer<float>(std), pointer(out), pointer<uint8_t>(index), nhwk[0], nhwk[1], nhwk[2], nhwk[3], pool};
+               pointer<float>(std), pointer(out), pointer<uint8_t>(index), pointer<uint16_t>(positive),
+               nhwk[0], nhwk[1], nhwk[2], nhwk[3], pool};
   copy(x_strides, p.x_strides);
   stem_conv2d_cuda(p, device, pointer(stream));
 }
@@ -220,8 +245,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("pgd_step_cuda", &pgd_step_on_stream, no_gil);
   module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
   module.def("fold_weights_cuda", &fold_weights_on_stream, no_gil);
+  module.attr("topk_mask_tensors") = kTopkMaskTensors;
+  module.def("topk_mask_workspace", &topk_mask_workspace, no_gil);
+  module.def("topk_mask_cuda", &topk_mask_on_stream, no_gil);
   module.def("fused_conv2d_cuda", &fused_conv2d_on_stream, no_gil);
   module.def("fused_conv2d_fits", &fused_conv2d_fits_args, no_gil);
+  module.def("live_tiles_cuda", &live_tiles_on_stream, no_gil);
   module.def("positive_bits_cuda", &positive_bits_on_stream, no_gil);
   module.def("stem_conv2d_cuda", &stem_conv2d_on_stream, no_gil);
   module.def("stem_conv2d_bwd_input_cuda", &stem_conv2d_bwd_input_on_stream, no_gil);

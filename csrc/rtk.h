@@ -55,6 +55,26 @@ struct TopkMask {
   int64_t k;
 };
 
+// The same on a GPU, a selection a tensor with its own k, or one over the `whole` list; f32 | bf16 | f16.
+// `masks` (bytes) and `bits` (32 flat elements a word, the first lowest) may each be empty: not wanted.
+// device_k, if not null, is read in place of k, and cut to what is possible.
+//
+// workspace: topk_mask_workspace() bytes. `fresh`: it may hold anything, and what it holds after is of no
+// use; else it is all 0 before the first call and remembers the last thresholds, which makes the next call
+// faster and changes no result. The tensors' sizes must stay the same then.
+constexpr int kTopkMaskTensors = 768;  // the most tensors a call takes
+struct TopkMasks {
+  std::vector<const void*> scores;
+  std::vector<int64_t> sizes;
+  std::vector<uint8_t*> masks;
+  std::vector<uint32_t*> bits;
+  std::vector<int64_t> k;
+  const int32_t* device_k;
+  DType dtype;
+  bool whole, fresh;
+  void* workspace;
+};
+
 // out = cast(w * mask) over 4 dimensions; a mask stride is 0 where the mask is broadcast. With a b1
 // mask a pruned weight is exactly +0, whatever it was (w * False would keep NaN and the sign).
 struct PrepareWeight {
@@ -79,9 +99,10 @@ struct BlockMatmul {
 // bias (f32) and residual (at pixels divisible by residual_stride), ReLU, 0 where the gate's bit is 0.
 // gate, and positive, which is written (out > 0), have a bit a channel, K / 16 words of 16 bits a pixel:
 // channel 64 a + 8 b + 2 q + e is bit 8 e + b of word 4 a + q. All of these may be null; a gate comes
-// without bias and ReLU, positive with a ReLU. With upsample 2 zeros stand between x's pixels.
+// without bias and ReLU, positive with a ReLU. With upsample 2 zeros stand between x's pixels. live are the
+// words of live_tiles: blocks of weights whose bit is off are all 0, and most tiles skip them.
 struct FusedConv2d {
-  const void *x, *w, *bias, *residual, *gate;
+  const void *x, *w, *bias, *residual, *gate, *live;
   void *out, *positive;
   int n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample, residual_stride;
   bool relu;
@@ -90,6 +111,17 @@ struct FusedConv2d {
   int tile_channels, tile_blocks;
   bool halo, resident;
   int bn_log2, bw_log2;
+  int narrow_columns;  // 14 or 16: a tile of narrow_conv2d.cu, and none of the above; else 0
+};
+
+// (ceil(k / 64), r s) words of 64 bits, dense: bit j of word (i, t) says whether tap t of the output channels
+// 64 i to 64 i + 63 and the input channels 64 j to 64 j + 63 has a value that is not 0. w: any dtype, (k, c,
+// r, s) under strides[4]; at most 4096 input channels.
+struct LiveTiles {
+  const void* w;
+  DType dtype;
+  uint64_t* out;
+  int64_t sizes[4], strides[4];
 };
 
 // A ResNet's first convolution, fused: out = relu(conv((x - mean) / std, weight) + bias), bf16 and
@@ -103,6 +135,7 @@ struct StemConv2d {
   const float *weight, *bias, *mean, *std;
   void* out;
   uint8_t* index;
+  uint16_t* positive;  // without pool: where out is positive, as pack_positive does; or null
   int64_t n, h, w, k;
   bool pool;
 };
@@ -148,9 +181,12 @@ void prepare_weight_cuda(const PrepareWeight&, int device, void* stream);
 void fold_weights_cuda(const void* table, int layers, int64_t tiles, int device, void* stream);
 // L2 only; x may be bf16 too. Each tensor is dense, all in one memory order.
 void pgd_step_cuda(const PgdStep&, int device, void* stream);
+void topk_mask_cuda(const TopkMasks&, int device, void* stream);
+int64_t topk_mask_workspace(const std::vector<int64_t>& sizes, bool whole);
 void fused_conv2d_cuda(const FusedConv2d&, int device, void* stream);
 // The bits of x > 0, `count` bf16 values whose channels come in multiples of 64.
 void positive_bits_cuda(const void* x, void* bits, int64_t count, int device, void* stream);
+void live_tiles_cuda(const LiveTiles&, int device, void* stream);
 bool fused_conv2d_fits(const FusedConv2d&);  // whether its tile does, in shared memory; pointers: null or not
 void stem_conv2d_cuda(const StemConv2d&, int device, void* stream);
 void stem_conv2d_bwd_input_cuda(const StemConv2dBwdInput&, int device, void* stream);

@@ -110,6 +110,29 @@ def topk_mask_cpu(
 ) -> None:
     """Exactly k ones in the byte masks over all segments together."""
 
+topk_mask_tensors: int
+"""The most tensors that one call of topk_mask_cuda takes; absent without CUDA."""
+
+def topk_mask_workspace(sizes: Sequence[int], whole: bool, /) -> int:
+    """How many bytes of device memory a call of topk_mask_cuda works in; absent without CUDA."""
+
+def topk_mask_cuda(
+    ptrs: Sequence[int],
+    sizes: Sequence[int],
+    mask_ptrs: Sequence[int],
+    bit_ptrs: Sequence[int],
+    k: Sequence[int],
+    device_k_ptr: int,
+    dt: int,
+    whole: bool,
+    fresh: bool,
+    workspace_ptr: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Exactly k ones a tensor, or one k over all, queued on a raw stream; csrc/rtk.h, `TopkMasks`."""
+
 def prepare_weight_cpu(
     w_ptr: int,
     w_dt: int,
@@ -210,6 +233,7 @@ def stem_conv2d_cuda(
     std_ptr: int,
     out_ptr: int,
     index_ptr: int,
+    positive_ptr: int,
     nhwk: Sequence[int],
     pool: bool,
     device: int,
@@ -240,6 +264,7 @@ def fused_conv2d_cuda(
     bias: int,
     residual: int,
     gate: int,
+    live: int,
     out: int,
     positive: int,
     sizes: Sequence[int],
@@ -264,6 +289,7 @@ def fused_conv2d_fits(
     bias: int,
     residual: int,
     gate: int,
+    live: int,
     out: int,
     positive: int,
     sizes: Sequence[int],
@@ -275,6 +301,18 @@ def fused_conv2d_fits(
     tile: Sequence[int],
 ) -> bool:
     """Return whether the tile fits, without touching the GPU."""
+
+def live_tiles_cuda(
+    w: int,
+    w_dt: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    out: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Write the words of `rtk.ops.live_tiles` for a tensor (k, c, r, s) of any strides."""
 
 def positive_bits_cuda(x: int, bits: int, count: int, device: int, stream: int) -> None:
     """Write the bits of `rtk.ops.pack_positive` for count bf16 values, N H W K."""

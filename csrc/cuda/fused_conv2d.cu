@@ -1,5 +1,5 @@
 // The host's side of fused_conv2d: which taps, which boxes, how much shared memory; the tensor maps; the
-// launch. fused_conv2d_kernel.h tells how the kernel works.
+// launch. fused_conv2d_kernel.h tells how the kernel works; narrow_conv2d.cu has one for 64 channels.
 
 #include "cuda/fused_conv2d_kernel.h"
 
@@ -9,6 +9,8 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "cuda/narrow_conv2d.h"
+#include "cuda/tensor_map.h"
 #include "rtk.h"
 
 namespace rtk {
@@ -16,47 +18,7 @@ namespace {
 
 using namespace fused;
 
-constexpr char kName[] = "fused_conv2d";
-
-int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// The driver's function, found through the runtime: nothing links against libcuda.
-decltype(&cuTensorMapEncodeTiled) encoder() {
-  static const auto function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status{};
-    check(kName, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status));
-    if (status != cudaDriverEntryPointSuccess) throw std::runtime_error("fused_conv2d: the driver has no TMA");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  return function;
-}
-
-// A map over bf16 `data`: sizes and strides (elements, the first stride is 1 and left out), the box that
-// one copy fetches, and the steps between the elements that it takes.
-template <int kRank>
-CUtensorMap tensor_map(const void* data, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
-                       const int (&box)[kRank], const int (&steps)[kRank]) {
-  cuuint64_t dims[kRank], bytes[kRank - 1];
-  cuuint32_t boxes[kRank], element_steps[kRank];
-  for (int i = 0; i < kRank; ++i) {
-    dims[i] = static_cast<cuuint64_t>(sizes[i]);
-    boxes[i] = static_cast<cuuint32_t>((box[i] - 1) * steps[i] + 1);
-    element_steps[i] = static_cast<cuuint32_t>(steps[i]);
-    if (i) bytes[i - 1] = static_cast<cuuint64_t>(strides[i - 1]) * 2;
-  }
-  CUtensorMap map;
-  const CUresult result =
-      encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), dims, bytes, boxes, element_steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::invalid_argument("fused_conv2d: no tensor map for these sizes");
-  return map;
-}
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(std::string("fused_conv2d: ") + what);
-}
+constexpr int64_t kStaysInCache = 16 << 20;  // bytes of input that a pass per tile of channels finds in L2
 
 // The classes of output pixels with the taps that reach them, the most work first.
 void list_taps(const FusedConv2d& c, Parameters& p) {
@@ -67,12 +29,14 @@ void list_taps(const FusedConv2d& c, Parameters& p) {
   for (int h_first = 0; h_first < std::min(p.step, p.OH); ++h_first) {
     for (int w_first = 0; w_first < std::min(p.step, p.OW); ++w_first) {
       Class& cls = p.cls[p.classes];
-      cls = {0, h_first, w_first, p.classes++, c.residual != nullptr && (!sparse_residual || h_first + w_first == 0), {}};
+      const bool residual = c.residual != nullptr && (!sparse_residual || h_first + w_first == 0);
+      cls = {0, h_first, w_first, p.classes++, residual, {}, 0};
       for (int r = 0; r < c.r; ++r) {
         for (int s = 0; s < c.s; ++s) {
           const int dh = h_first * c.stride + r - c.padding, dw = w_first * c.stride + s - c.padding;
           if (dh % c.upsample || dw % c.upsample) continue;
           cls.tap[cls.taps++] = {dh / c.upsample, dw / c.upsample, r * c.s + s, 0};
+          cls.weights |= 1u << (r * c.s + s);
         }
       }
     }
@@ -108,6 +72,12 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   p.bn_log2 = c.bn_log2;
   p.bw_log2 = c.bw_log2;
   p.chunks = ceil_div(p.C, kChunk);
+  p.tiles_k = ceil_div(p.K, BN);
+  const bool sparse = p.live != nullptr && !kResident;  // resident weights are multiplied with their zeros
+  const int64_t tables = sparse ? live_bytes(p.tiles_k, p.chunks, BN / 64) : 0;
+  require(tables <= kSharedBytes / 4, "no room in shared memory for what is live");
+  p.live_bytes = static_cast<int>(tables);
+  p.by_channels = int64_t{p.N} * p.H * p.W * p.C * 2 <= kStaysInCache;
 
   int h_high = 0, w_high = 0;
   p.h_low = p.w_low = 0;
@@ -134,10 +104,10 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   // Shared memory: staging first, as its depth is what hides the latency of memory-bound layers, but not
   // so much that fewer than four stages are left for what is multiplied.
   constexpr int kBBytes = BN * kRow, kStagingBytes = kConsumers * MB * 64 * kRow;
-  constexpr int kReserved = 1024 + (kBarrierBytes + 1023) / 1024 * 1024;
+  const int reserved = 1024 + (kBarrierBytes + p.live_bytes + 1023) / 1024 * 1024;
   const int a_bytes = static_cast<int>(p.a_bytes), boxes = (c.halo ? 1 : p.cls[0].taps) * p.chunks;
   for (p.staging = MB == 1 && BN > 64 ? kMaxStaging : 2; p.staging >= 1; p.staging /= 2) {
-    const int room = kSharedBytes - kReserved - p.staging * kStagingBytes;
+    const int room = kSharedBytes - reserved - p.staging * kStagingBytes;
     if (kResident) {
       p.b_stages = c.r * c.s * p.chunks;
       p.a_stages = (room - p.b_stages * kBBytes) / a_bytes;
@@ -156,10 +126,9 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   // parity tells two rounds apart, not three.
   require(p.a_stages > (kResident ? boxes : 1) && (kResident || p.b_stages >= 2),
           "no room in shared memory");
-  const size_t bytes = kReserved + size_t(p.staging) * kStagingBytes + size_t(p.a_stages) * a_bytes +
+  const size_t bytes = reserved + size_t(p.staging) * kStagingBytes + size_t(p.a_stages) * a_bytes +
                        size_t(p.b_stages) * kBBytes;
 
-  p.tiles_k = ceil_div(p.K, BN);
   p.tiles_n = ceil_div(p.N, bn);
   p.tiles_w = ceil_div(ceil_div(p.OW, p.step), bw);
   p.tiles_h = ceil_div(ceil_div(p.OH, p.step), p.bh);
@@ -172,7 +141,8 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
   p.x = tensor_map<4>(c.x, {p.C, p.N, p.W, p.H}, {int64_t{p.H} * p.W * p.C, p.C, int64_t{p.W} * p.C},
                       {kChunk, bn, box_w, box_h}, {1, 1, p.stride, p.stride});
   map_results(c, p, 64 * MB);
-  p.w = tensor_map<3>(c.w, {p.C, c.r * c.s, p.K}, {p.C, int64_t{c.r} * c.s * p.C}, {kChunk, 1, BN}, {1, 1, 1});
+  p.w = tensor_map<3>(c.w, {p.C, c.r * c.s, p.K}, {p.C, int64_t{c.r} * c.s * p.C},
+                      {kChunk, 1, sparse ? 64 : BN}, {1, 1, 1});
 
   int processors = 0;
   check(kName, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -181,8 +151,14 @@ void launch_tiles(const FusedConv2d& c, Parameters& p, int device, cudaStream_t 
     require(p.tiles_k <= processors, "too many channels for resident weights");
     blocks = std::max(blocks / p.tiles_k, 1) * p.tiles_k;
   }
-  const auto kernel = p.gate != nullptr ? fused_conv2d_kernel<BN, MB, kResident, true>
-                                        : fused_conv2d_kernel<BN, MB, kResident, false>;
+  auto kernel = p.gate != nullptr ? fused_conv2d_kernel<BN, MB, kResident, true, false>
+                                  : fused_conv2d_kernel<BN, MB, kResident, false, false>;
+  if constexpr (!kResident) {
+    if (sparse) {
+      kernel = p.gate != nullptr ? fused_conv2d_kernel<BN, MB, false, true, true>
+                                 : fused_conv2d_kernel<BN, MB, false, false, true>;
+    }
+  }
   check(kName, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   launch_early(kName, kernel, blocks, kThreads, bytes, stream, p);
 }
@@ -192,12 +168,15 @@ void run(const FusedConv2d& c, int device, cudaStream_t stream) {
   require(c.gate == nullptr || (c.bias == nullptr && !c.relu && c.positive == nullptr), "a gate stands alone");
   require(c.positive == nullptr || c.relu, "positive needs a ReLU");
   require(c.r * c.s <= kMaxTaps, "filters have at most 9 taps");
+  require(c.live == nullptr || c.c <= 64 * kChunk, "live words are for at most 4096 input channels");
   require(c.upsample == 1 || (c.upsample == 2 && c.stride == 1), "upsample must be 1 or 2, and 2 needs stride 1");
 
   Parameters p{};
   p.bias = static_cast<const float*>(c.bias);
   p.gate = static_cast<const uint16_t*>(c.gate);
   p.positive = static_cast<uint16_t*>(c.positive);
+  p.live = static_cast<const uint64_t*>(c.live);
+  p.filter_taps = c.r * c.s;
   p.N = c.n, p.H = c.h, p.W = c.w_in, p.C = c.c, p.K = c.k, p.OH = c.oh, p.OW = c.ow;
   p.relu = c.relu;
   if (c.r == 1 && c.s == 1 && c.stride == 1 && c.upsample == 1 && c.padding == 0 &&
@@ -209,6 +188,7 @@ void run(const FusedConv2d& c, int device, cudaStream_t stream) {
   }
   list_taps(c, p);
 
+  if (c.narrow_columns != 0) return narrow_conv2d(c, device, stream);
   const auto is = [&c](int channels, int blocks, bool resident) {
     return c.tile_channels == channels && c.tile_blocks == blocks && c.resident == resident;
   };

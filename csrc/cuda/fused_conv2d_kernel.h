@@ -15,6 +15,7 @@
 // The input gradient of a stride-2 convolution (`upsample`) is four convolutions, one for each parity
 // of the output pixel (a *class*), with 1, 2, 2 and 4 of the taps of a 3x3: no product with a stuffed
 // zero. A residual at every second pixel splits its convolution into the same classes.
+// *Sparse*, the kernel skips blocks of weights that are zero; fused_conv2d_live.h tells how.
 //
 // One block a multiprocessor stays for many tiles. Warpgroup 0 copies: its first warp fetches input and
 // weights, the next two fetch the residuals of a consumer's tiles and store its results, by TMA, through
@@ -24,78 +25,13 @@
 
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "cuda/fused_conv2d_live.h"
+#include "cuda/fused_conv2d_parameters.h"
 #include "cuda/hopper.h"
 
 namespace rtk::fused {
-
-constexpr int kChunk = 64;             // channels of a row in shared memory
-constexpr int kRow = kChunk * 2;       // bytes of it
-constexpr int kConsumers = 2;          // warpgroups that multiply
-constexpr int kThreads = 128 * (kConsumers + 1);
-constexpr int kMaxStages = 16, kMaxTaps = 9, kMaxClasses = 4;
-constexpr int kSharedBytes = 232448;   // what a block may have on sm_90
-constexpr int kMaxStaging = 4;         // buffers of a consumer
-constexpr int kBarrierBytes = 8 * (4 * kMaxStages + 2 * kConsumers * kMaxStaging);
-
-struct Tap {
-  int dh, dw;      // the input pixel of output pixel (h, w) is (h * stride + dh, w * stride + dw)
-  int weight;      // r * S + s
-  int row;         // halo: where the tap's window begins in the box, in rows of shared memory
-};
-
-// The output pixels (h * step + h_first, w * step + w_first) and the taps that reach them.
-struct Class {
-  int taps, h_first, w_first, map;  // map: which of the maps of residual and output
-  bool residual;
-  Tap tap[kMaxTaps];
-};
-
-struct Parameters {
-  CUtensorMap x, w, residual[kMaxClasses], out[kMaxClasses];
-  const float* bias;
-  const uint16_t* gate;                // a bit a channel, K / 16 words a pixel; see load_bits
-  uint16_t* positive;                  // the same of this output, or null
-  int N, H, W, C, K, OH, OW, stride, step;
-  bool relu, halo, skip;
-  int bn_log2, bw_log2, bh;            // the box of output pixels
-  int h_low, w_low;                    // halo: the smallest tap offsets
-  int block_pitch;                     // rows of shared memory from one 64-pixel block to the next
-  int tiles_k, tiles_n, tiles_w, tiles_h, classes, tiles;
-  int chunks, a_stages, b_stages, staging;
-  uint32_t a_bytes;
-  Class cls[kMaxClasses];
-};
-
-struct Tile {
-  int k, n, h, w;                      // first channel, image, row, column (of the class)
-  const Class* cls;
-};
-
-__device__ inline Tile tile_at(const Parameters& p, int index, int BN) {
-  Tile t;
-  t.k = index % p.tiles_k * BN;
-  index /= p.tiles_k;
-  t.w = (index % p.tiles_w) << p.bw_log2;
-  index /= p.tiles_w;
-  t.h = index % p.tiles_h * p.bh;
-  index /= p.tiles_h;
-  t.n = (index % p.tiles_n) << p.bn_log2;
-  t.cls = &p.cls[index / p.tiles_n];
-  return t;
-}
-
-// Whether any pixel of the tile reads inside the image at this tap.
-__device__ inline bool reaches(const Parameters& p, const Tile& t, const Tap& tap) {
-  const int h = t.h * p.stride + tap.dh, w = t.w * p.stride + tap.dw;
-  return h + (p.bh - 1) * p.stride >= 0 && h < p.H && w + ((1 << p.bw_log2) - 1) * p.stride >= 0 && w < p.W;
-}
-
-// How many boxes of a chunk the tile fetches.
-__device__ inline int boxes_of(const Parameters& p, const Tile& t) { return p.halo ? min(t.cls->taps, 1) : t.cls->taps; }
 
 // A position in a ring of stages; the parity says which round a barrier is in.
 struct Ring {
@@ -108,6 +44,18 @@ struct Ring {
     }
   }
 };
+
+// The tiles that a block takes.
+template <int BN, bool kSparse>
+__device__ inline Tile tile_of(const Parameters& p, const Live& live, int index) {
+  if constexpr (kSparse) return live_tile_at(p, live, index, BN);
+  return tile_at(p, index, BN);
+}
+
+template <bool kSparse>
+__device__ inline int next_index(int index, int stride) {
+  return kSparse ? live_next(index) : index + stride;
+}
 
 // Which channels of an output are positive, a bit each, in the order in which wgmma leaves its sums: of
 // every 64 channels lane q of a quad holds 8 b + 2 q + e for b = 0..7, e = 0, 1, and writes one 16-bit
@@ -139,6 +87,13 @@ __device__ inline uint32_t spread_top_bits(uint32_t halves) {
   uint32_t mask;
   asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(mask) : "r"(halves));
   return mask;
+}
+
+// The top bit of each half that is positive, of two bf16 without a sign (they come from a ReLU): what is
+// not 0 carries into it, but a NaN does not count.
+__device__ inline uint32_t positive_halves(uint32_t two) {
+  const uint32_t not_zero = two + 0x7FFF7FFFu, nan = two + 0x007F007Fu;
+  return not_zero & ~nan & 0x80008000u;
 }
 
 // Finishes 64 channels of a 64-pixel block and puts them into the staging buffer, where the residual is.
@@ -184,9 +139,8 @@ __device__ __forceinline__ void finish(const Parameters& p, float* acc, const fl
       v[i] = reinterpret_cast<const uint32_t&>(two);
       if constexpr (kGated) {
         v[i] &= spread_top_bits(bits[half] << (7 - block));
-      } else {  // after a ReLU a half has no sign: what is not 0 carries into it, but a NaN does not count
-        const uint32_t not_zero = v[i] + 0x7FFF7FFFu, nan = v[i] + 0x007F007Fu;
-        bits[half] |= (not_zero & ~nan & 0x80008000u) >> (15 - block);
+      } else {
+        bits[half] |= positive_halves(v[i]) >> (15 - block);
       }
     }
     store_matrices(matrices(b), v);
@@ -199,8 +153,9 @@ __device__ __forceinline__ void finish(const Parameters& p, float* acc, const fl
 
 // What one thread does for a consumer: it fetches residuals into the staging buffers and stores what the
 // consumer leaves there. `full` and `done` are the first of the barriers of all consumers' buffers.
-template <int BN, int MB, bool kResident>
-__device__ void move_results(const Parameters& p, int consumer, uint32_t staging, uint32_t full, uint32_t done) {
+template <int BN, int MB, bool kResident, bool kSparse>
+__device__ void move_results(const Parameters& p, const Live& live, int consumer, uint32_t staging, uint32_t full,
+                             uint32_t done) {
   using namespace hopper;
   constexpr uint32_t kBytes = MB * 64 * kRow;
   constexpr int kRows = MB * 64;
@@ -219,12 +174,12 @@ __device__ void move_results(const Parameters& p, int consumer, uint32_t staging
   const int stride = static_cast<int>(gridDim.x) * (kResident ? kConsumers : 1);
   const int begin = blockIdx.x + (kResident ? consumer * static_cast<int>(gridDim.x) : 0);
   const auto settle = [&](Walk& at) {
-    if (at.index < p.tiles) at.tile = tile_at(p, at.index, BN);
+    if (at.index < p.tiles) at.tile = tile_of<BN, kSparse>(p, live, at.index);
   };
   const auto advance = [&](Walk& at) {
     if (++at.round == BN / 64 || at.tile.k + at.round * 64 >= p.K) {
       at.round = 0;
-      at.index += stride;
+      at.index = next_index<kSparse>(at.index, stride);
       settle(at);
     }
   };
@@ -256,11 +211,15 @@ __device__ void move_results(const Parameters& p, int consumer, uint32_t staging
 }
 
 // MB: 64-pixel blocks a consumer holds.
-template <int BN, int MB, bool kResident, bool kGated>
+template <int BN, int MB, bool kResident, bool kGated, bool kSparse>
 __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_constant__ Parameters p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using namespace hopper;
-  constexpr uint32_t kBBytes = BN * kRow;
+  static_assert(!(kResident && kSparse));
+  constexpr uint32_t kBBytes = BN * kRow, kGroupBytes = 64 * kRow;
+  // Sparse: two live groups at once, where ptxas 13.0 takes products of two widths. (Beside a gate it makes
+  // every single wgmma wait, warning C7511.)
+  constexpr bool kPairs = BN > 64 && !kGated;
   extern __shared__ uint8_t shared[];
   const uint32_t barriers = shared_address(shared);
   const auto a_full = [=](int i) { return barriers + 8 * i; };
@@ -270,9 +229,11 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
   const auto s_full = [=](int consumer, int i) { return barriers + 8 * (4 * kMaxStages + consumer * kMaxStaging + i); };
   const auto s_done = [=](int consumer, int i) { return s_full(consumer + kConsumers, i); };
   constexpr uint32_t kStagingBytes = MB * 64 * kRow;
-  const uint32_t staging = (barriers + kBarrierBytes + 1023) / 1024 * 1024;
+  const uint32_t staging = (barriers + kBarrierBytes + (kSparse ? p.live_bytes : 0) + 1023) / 1024 * 1024;
   const uint32_t a = staging + kConsumers * p.staging * kStagingBytes;
   const uint32_t b = a + p.a_stages * p.a_bytes;
+  Live live{};
+  if constexpr (kSparse) live = empty_live(p, shared + kBarrierBytes);
 
   if (threadIdx.x == 0) {
     prefetch_map(&p.x);
@@ -294,13 +255,14 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
   __syncthreads();
   allow_next_kernel();  // it gets a multiprocessor when a block here ends, and waits like this one:
   wait_for_kernel_before();
+  if constexpr (kSparse) read_live<BN>(p, live);
 
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
-    fewer_registers<40>();
+    fewer_registers<kSparse ? 56 : 40>();
     if (threadIdx.x % 32 != 0 || threadIdx.x / 32 > kConsumers) return;
     if (threadIdx.x != 0) {
-      move_results<BN, MB, kResident>(p, threadIdx.x / 32 - 1, staging, s_full(0, 0), s_done(0, 0));
+      move_results<BN, MB, kResident, kSparse>(p, live, threadIdx.x / 32 - 1, staging, s_full(0, 0), s_done(0, 0));
       return;
     }
     if constexpr (kResident) {  // the grid is a multiple of tiles_k: this block's channels never change
@@ -311,19 +273,49 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
       }
     }
     Ring ra, rb;
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-      const Tile t = tile_at(p, index, BN);
+    for (int index = blockIdx.x; index < p.tiles; index = next_index<kSparse>(index, gridDim.x)) {
+      const Tile t = tile_of<BN, kSparse>(p, live, index);
+      const auto fetch_input = [&](int chunk, int dh, int dw) {
+        barrier_wait(a_empty(ra.stage), ra.parity ^ 1);
+        barrier_expect_bytes(a_full(ra.stage), p.a_bytes);
+        copy_box(a + ra.stage * p.a_bytes, &p.x, a_full(ra.stage), chunk * kChunk, t.n, t.w * p.stride + dw,
+                 t.h * p.stride + dh);
+        ra.next(p.a_stages);
+      };
+      if constexpr (kSparse) {
+        const uint32_t reaching = reaching_taps(p, t);
+        for (int chunk = 0; chunk < p.chunks; ++chunk) {
+          uint32_t groups[BN / 64];
+          uint32_t any = live_taps<BN>(p, live, t, chunk, reaching, groups);
+          if (p.halo && any) fetch_input(chunk, p.h_low, p.w_low);
+          for (; any; any &= any - 1) {
+            const uint32_t bit = any & ~(any - 1);
+            const Tap& tap = tap_of(*t.cls, bit);
+            if (!p.halo) fetch_input(chunk, tap.dh, tap.dw);
+            uint32_t bytes = 0;
+#pragma unroll
+            for (uint32_t group : groups) bytes += group & bit ? kGroupBytes : 0;
+            barrier_wait(b_empty(rb.stage), rb.parity ^ 1);
+            barrier_expect_bytes(b_full(rb.stage), bytes);
+#pragma unroll
+            for (int i = 0; i < BN / 64; ++i) {
+              if (groups[i] & bit) {
+                copy_box(b + rb.stage * kBBytes + i * kGroupBytes, &p.w, b_full(rb.stage), chunk * kChunk, tap.weight,
+                         t.k + i * 64);
+              }
+            }
+            rb.next(p.b_stages);
+          }
+        }
+        continue;
+      }
       const int taps = t.cls->taps, boxes = boxes_of(p, t);
       for (int outer = 0; outer < boxes; ++outer) {
         const Tap& tap = t.cls->tap[outer];
         if (p.skip && !reaches(p, t, tap)) continue;
         const int dh = p.halo ? p.h_low : tap.dh, dw = p.halo ? p.w_low : tap.dw;
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
-          barrier_wait(a_empty(ra.stage), ra.parity ^ 1);
-          barrier_expect_bytes(a_full(ra.stage), p.a_bytes);
-          copy_box(a + ra.stage * p.a_bytes, &p.x, a_full(ra.stage), chunk * kChunk, t.n, t.w * p.stride + dw,
-                   t.h * p.stride + dh);
-          ra.next(p.a_stages);
+          fetch_input(chunk, dh, dw);
           if constexpr (!kResident) {
             for (int i = outer; i < (p.halo ? taps : outer + 1); ++i) {
               barrier_wait(b_empty(rb.stage), rb.parity ^ 1);
@@ -336,7 +328,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
       }
     }
   } else {
-    more_registers<232>();
+    more_registers<kSparse ? 224 : 232>();
     const int consumer = warpgroup - 1;
     const bool signals = threadIdx.x % 128 == 0;
     const int first_block = kResident ? 0 : consumer * MB;
@@ -345,8 +337,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // this lane's, and the one eight below
     Ring ra, rb, rs;
     int turn = 0;
-    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, ++turn) {
-      const Tile t = tile_at(p, index, BN);
+    for (int index = blockIdx.x; index < p.tiles; index = next_index<kSparse>(index, gridDim.x), ++turn) {
+      const Tile t = tile_of<BN, kSparse>(p, live, index);
       const int taps = t.cls->taps, boxes = boxes_of(p, t);
       if constexpr (kResident) {
         if (turn % kConsumers != consumer) {
@@ -368,7 +360,81 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
       float acc[MB][BN / 2];
       int accumulate = 0;
       int a_running = -1, b_running = -1;  // the stages that the product in flight reads
-      for (int outer = 0; outer < boxes; ++outer) {
+      const auto end_product = [&] {
+        wgmma_commit();
+        wgmma_wait<1>();  // the product before this one is done
+      };
+      const auto free_stages_before = [&] {  // they may be filled again
+        if (signals) {
+          if (!kResident && b_running >= 0) barrier_arrive(b_empty(b_running));
+          if (a_running >= 0 && a_running != ra.stage) barrier_arrive(a_empty(a_running));
+        }
+        a_running = ra.stage;
+        if constexpr (!kResident) {
+          b_running = rb.stage;
+          rb.next(p.b_stages);
+        }
+      };
+      if constexpr (kSparse) {
+#pragma unroll
+        for (int m = 0; m < MB; ++m) {
+#pragma unroll
+          for (int i = 0; i < BN / 2; ++i) acc[m][i] = 0;
+        }
+        accumulate = 1;
+        const uint32_t reaching = reaching_taps(p, t);
+        for (int chunk = 0; chunk < p.chunks; ++chunk) {
+          uint32_t groups[BN / 64];
+          uint32_t any = live_taps<BN>(p, live, t, chunk, reaching, groups);
+          if (any == 0) continue;
+          if (p.halo) barrier_wait(a_full(ra.stage), ra.parity);
+          for (; any; any &= any - 1) {
+            const uint32_t bit = any & ~(any - 1);
+            if (!p.halo) barrier_wait(a_full(ra.stage), ra.parity);
+            barrier_wait(b_full(rb.stage), rb.parity);
+            const uint32_t pitch = p.block_pitch * kRow, b_at = b + rb.stage * kBBytes;
+            const uint32_t a_at = a + ra.stage * p.a_bytes + first_block * pitch +
+                                  (p.halo ? tap_of(*t.cls, bit).row * kRow : 0);
+            if constexpr (!kPairs) {
+#pragma unroll
+              for (int i = 0; i < BN / 64; ++i) {
+                if (BN > 64 && !(groups[i] & bit)) continue;
+                multiply_live<64>(acc, i, a_at, pitch, b_at);
+                end_product();  // in the branch, or the compiler waits for this product too
+              }
+              free_stages_before();
+            } else {
+              uint32_t alone[BN / 64];
+#pragma unroll
+              for (int i = 0; i < BN / 64; ++i) alone[i] = groups[i] & bit & ~groups[i ^ 1];
+#pragma unroll
+              for (int i = 0; i < BN / 64; i += 2) {
+                if (!(groups[i] & groups[i + 1] & bit)) continue;
+                multiply_live<128>(acc, i, a_at, pitch, b_at);
+              }
+#pragma unroll
+              for (int i = 0; i < BN / 64; ++i) {
+                if (!alone[i]) continue;
+                multiply_live<64>(acc, i, a_at, pitch, b_at);
+              }
+              // The sums' next product may have another width. The other consumer's goes on meanwhile.
+              wgmma_commit();
+              wgmma_wait<0>();
+              if (signals) {
+                barrier_arrive(b_empty(rb.stage));
+                if (!p.halo) barrier_arrive(a_empty(ra.stage));
+              }
+              rb.next(p.b_stages);
+            }
+            if (!p.halo) ra.next(p.a_stages);
+          }
+          if (p.halo) {
+            if (kPairs && signals) barrier_arrive(a_empty(ra.stage));
+            ra.next(p.a_stages);
+          }
+        }
+      }
+      for (int outer = 0; outer < (kSparse ? 0 : boxes); ++outer) {
         if (p.skip && !reaches(p, t, t.cls->tap[outer])) continue;
         for (int chunk = 0; chunk < p.chunks; ++chunk) {
           barrier_wait(a_full(ra.stage), ra.parity);
@@ -393,17 +459,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused_conv2d_kernel(const __grid_
               }
               accumulate = 1;
             }
-            wgmma_commit();
-            wgmma_wait<1>();  // the product before this one is done: its stages may be filled again
-            if (signals) {
-              if (!kResident && b_running >= 0) barrier_arrive(b_empty(b_running));
-              if (a_running >= 0 && a_running != ra.stage) barrier_arrive(a_empty(a_running));
-            }
-            a_running = ra.stage;
-            if constexpr (!kResident) {
-              b_running = rb.stage;
-              rb.next(p.b_stages);
-            }
+            end_product();
+            free_stages_before();
           }
           ra.next(p.a_stages);
         }

@@ -42,6 +42,26 @@ __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// --- clusters: blocks that run at once and reach each other's shared memory (any sm_90).
+
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Where the block of that rank has what this one has at `address`.
+__device__ inline uint32_t in_rank(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+
+// Writes 16 bytes into a block's shared memory and counts them at a barrier of that block, which waits there
+// as for a copy.
+__device__ inline void send(uint32_t to, float4 value, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+               : "memory");
+}
+
 // --- TMA: one thread copies a box of a tensor into shared memory; outside the tensor it writes zeros.
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {
@@ -95,6 +115,43 @@ __device__ inline void store_matrices(uint32_t address, const uint32_t (&v)[4]) 
                "r"(v[2]), "r"(v[3])
                : "memory");
 }
+
+// The same of the matrices' transposes: a lane holds two rows, 2 (l % 4) and the next, of column l / 4.
+
+__device__ inline void load_matrices_transposed(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline void store_matrices_transposed(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
+// --- Ordinary accesses to shared memory by its own addresses.
+
+__device__ inline void load_shared(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ inline uint32_t load_shared(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ inline void store_shared_half(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(static_cast<uint16_t>(v)) : "memory");
+}
+
+// All 128 threads of a warpgroup meet; `id` 1 to 15, one for each of them.
+__device__ inline void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
 // --- wgmma: d (64 x N, fp32, in the registers of 128 threads) += a (64 x 16) b (N x 16)^T, bf16.
 
@@ -154,6 +211,36 @@ __device__ inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int accu
         : RTK_D32(0), RTK_D32(32), RTK_D32(64), RTK_D32(96)
         : "l"(a), "l"(b), "r"(accumulate));
   }
+}
+
+// The same with a's part of 64 x 16 in registers: each warp has 16 of the rows, as four 8 x 8 matrices
+// (upper left, lower left, upper right, lower right) in the layout of load_matrices.
+template <int N>
+__device__ inline void wgmma(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(N == 112 || N == 128);
+  if constexpr (N == 112) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %61, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {" RTK_R32 ", "
+        RTK_R8(32, 33, 34, 35, 36, 37, 38, 39) ", " RTK_R8(40, 41, 42, 43, 44, 45, 46, 47) ", "
+        RTK_R8(48, 49, 50, 51, 52, 53, 54, 55) "}, {%56, %57, %58, %59}, %60, p, 1, 1, 0;\n}\n"
+        : RTK_D32(0), RTK_D8(32), RTK_D8(40), RTK_D8(48)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  } else {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" RTK_R64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0;\n}\n"
+        : RTK_D32(0), RTK_D32(32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+  }
+}
+
+// Nothing that reads or writes the sums is moved across this.
+template <int N>
+__device__ inline void keep_order(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 #undef RTK_D8

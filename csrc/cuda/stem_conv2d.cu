@@ -80,6 +80,20 @@ __device__ __forceinline__ uint4 activated(const float (&sums)[4][4], int second
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// Where those channels are positive: the bits of four 16-bit words as `pack_positive` lays them out. Of word
+// j they are bits `block` and 8 + `block`, where the thread's channels are 8 `block` and up.
+__device__ __forceinline__ uint2 positive_bits(const uint4& values, int block) {
+  const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+  uint32_t bits[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    // After a ReLU a half has no sign: what is not 0 carries into it, but a NaN does not count.
+    const uint32_t halves = (words[j] + 0x7FFF7FFFu) & ~(words[j] + 0x007F007Fu) & 0x80008000u;
+    bits[j] = (halves >> 15 & 1 | halves >> 23) << block;
+  }
+  return make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+}
+
 // ---- 7x7, stride 2, padding 3, then max-pool 3x3, stride 2, padding 1 ----
 //
 // A block goes down a strip of 112 convolution columns, four convolution rows (two pooled ones) a
@@ -364,6 +378,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int row = fragment / 2, column = fragment % 2 * 16 + g;
       const uint32_t* pixel = patch + row * kPatchWords + column * 2 + t;
       const int y = tile.y0 + row;
+      uint2 positive[2] = {};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float sums[4][4];
@@ -378,10 +393,26 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int second = 0; second < 2; ++second) {
           const int x = tile.x0 + column + 8 * second, channel = half * 32 + t * 8;
+          const uint4 values = activated(sums, second);
+          const uint2 bits = positive_bits(values, 4 * half + t);
+          positive[second].x |= bits.x, positive[second].y |= bits.y;
           if (y >= p.h || x >= p.w || channel >= p.k) continue;
           *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(p.out) + ((tile.n * p.h + y) * p.w + x) * p.k +
-                                    channel) = activated(sums, second);
+                                    channel) = values;
         }
+      }
+      if (p.positive == nullptr) continue;
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+        for (uint2& bits : positive) {
+          bits.x |= __shfl_xor_sync(~0u, bits.x, lanes);
+          bits.y |= __shfl_xor_sync(~0u, bits.y, lanes);
+        }
+      }
+      const int x = tile.x0 + column + 8 * t;  // two of a pixel's four lanes store a pixel each
+      if (t < 2 && y < p.h && x < p.w) {
+        reinterpret_cast<uint2*>(p.positive)[(tile.n * p.h + y) * p.w + x] = positive[t];
       }
     }
   }

@@ -88,6 +88,11 @@ class APGD:
             with input_gradient(network, bn_mode="eval", loss=image_losses) as gradient:
                 return self._restart(watch(gradient), x, y, seed)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold it: later restarts look at who is misclassified."""
+        return self.restarts == 1
+
     def draw_seed(self) -> int:
         """Return the seed of one call, drawn from torch's global generator.
 

@@ -36,7 +36,9 @@ class Guard:
 
     def __init__(self) -> None:
         self._first = True
-        self._broken: Tensor | None = None  # how many gradients were not finite, on the device
+        # How many gradients were not finite. By device, as a CUDA graph goes on counting in the
+        # memory that it was captured with.
+        self._broken: dict[torch.device, Tensor] = {}
 
     @contextmanager
     def batch(
@@ -62,8 +64,8 @@ class Guard:
         if first:
             check_images(x)
             check_classes(model, x, y)
-        if count and (self._broken is None or self._broken.device != x.device):
-            self._broken = torch.zeros((), dtype=torch.int64, device=x.device)
+        if count and x.device not in self._broken:
+            self._broken[x.device] = torch.zeros((), dtype=torch.int64, device=x.device)
         finite: list[Tensor] = []
 
         def watch(gradient: Gradient) -> Gradient:
@@ -72,8 +74,8 @@ class Guard:
                 flag = grad.isfinite().all()
                 if first:
                     finite.append(flag)
-                elif self._broken is not None:
-                    self._broken += ~flag
+                elif count:
+                    self._broken[flag.device] += ~flag
                 return grad, logits
 
             return watched if first or count else gradient
@@ -85,9 +87,9 @@ class Guard:
 
     def check(self) -> None:
         """Raise an RtkError if gradients that were not finite were counted; synchronises."""
-        broken = 0 if self._broken is None else int(self._broken)
-        if self._broken is not None:
-            self._broken.zero_()
+        broken = sum(int(counted) for counted in self._broken.values())
+        for counted in self._broken.values():
+            counted.zero_()
         if broken:
             raise RtkError(
                 f"attack: {broken} gradients of the loss in the images were NaN or infinite, so "

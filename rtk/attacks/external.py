@@ -57,6 +57,8 @@ class AutoAttack:
     version: str = "standard"
     _guard: Guard = field(default_factory=Guard, init=False, repr=False, compare=False)
 
+    capturable = False  # what another package does is no CUDA graph's business
+
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, ("linf", "l2"))
         check_choice("version of AutoAttack", self.version, ("standard", "plus", "rand"))
@@ -100,6 +102,8 @@ class Foolbox:
     attack: Any
     eps: float = 8 / 255
     _guard: Guard = field(default_factory=Guard, init=False, repr=False, compare=False)
+
+    capturable = False  # what another package does is no CUDA graph's business
 
     def __post_init__(self) -> None:
         _check_eps("Foolbox", self.eps)

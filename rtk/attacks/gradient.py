@@ -23,6 +23,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Gradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def local_network(model: nn.Module) -> nn.Module:
+    """Return the network inside DistributedDataParallel, or `model` where there is none.
+
+    A forward pass of the wrapper is a collective one: it copies the buffers of rank 0 to all others
+    and prepares for gradients of the weights. An attack has no use for either, in any iteration.
+    """
+    inner = getattr(model, "_orig_mod", model)  # torch.compile(DistributedDataParallel(network))
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Return the batch's mean cross-entropy, in fp32."""
     return F.cross_entropy(logits.float(), y)

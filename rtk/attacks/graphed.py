@@ -9,22 +9,32 @@ from torch import Tensor, nn
 from rtk.cuda_graph import GraphChoice, Graphed, Seed, model_state, plain_settings
 
 
+def capturable(attack: object) -> bool:
+    """Return whether an attack may be tried in a CUDA graph: unless it says no by itself."""
+    return bool(getattr(attack, "capturable", True))
+
+
 class GraphedAttack(Graphed):
     """`attack(model, x, y)` by replay: for evaluation, where PGD-20 meets batch after batch.
 
     The images are those of `attack` itself, for the same state of torch's generator. Weights may
     change in place between calls; see `rtk.cuda_graph.Graphed` for when it runs eagerly. On a CPU
-    it is `attack`. What an attack looks at on every batch (early stopping, `check_every`) waits for
-    the GPU, so such an attack stays eager.
+    it is `attack`. An attack that looks at values on every batch says so itself, by an attribute
+    `capturable` that is False (PGD with early stopping, APGD with restarts, Square, and those of
+    other packages), and stays eager without a word.
 
     Args:
         attack: of `rtk.attacks`, or any that draws no random numbers on the CPU.
-        graph: "auto" warns once where the attack cannot be captured; True raises an RtkError
-            there; False never captures.
+        graph: "auto" warns once where the attack cannot be captured (a model that waits for the
+            GPU); True raises an RtkError there, and here for one that is not `capturable`; False
+            never captures.
     """
 
     def __init__(self, attack: Callable[..., Tensor], *, graph: GraphChoice = "auto") -> None:
-        super().__init__(f"GraphedAttack({attack!r})", graph)
+        why_not = None if capturable(attack) else "it looks at values by design"
+        if why_not is not None and graph == "auto":
+            graph = False
+        super().__init__(f"GraphedAttack({attack!r})", graph, why_not)
         self._attack = attack
         self._model: nn.Module | None = None
         self._seed: Seed | None = None

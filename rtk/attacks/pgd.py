@@ -108,6 +108,11 @@ class PGD:
             with input_gradient(network, bn_mode=self.bn_mode, loss=loss) as gradient:
                 return self._search(network, watch(gradient), x, y, seed)
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold it: early stopping looks at values."""
+        return not self.early_stop
+
     def draw_seed(self) -> int | None:
         """Return the seed of one call, drawn from torch's global generator; None without a start.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtk.attacks.gradient import Loss, cross_entropy
+from rtk.attacks.gradient import Loss, cross_entropy, local_network
 
 
 class CastImages(nn.Module):
@@ -30,9 +30,11 @@ def weights_dtype(model: nn.Module) -> torch.dtype | None:
 def accepting(model: nn.Module, x: Tensor) -> nn.Module:
     """Return what to attack: `model`, behind a cast where its weights have another dtype than `x`.
 
-    The images are iterated, projected and returned in their own dtype, fp32 for a model in half
+    Of DistributedDataParallel the network inside is attacked, so ranks need not agree on it. The
+    images are iterated, projected and returned in their own dtype, fp32 for a model in half
     precision: in bf16 a step of 2/255 would be lost in the rounding.
     """
+    model = local_network(model)
     dtype = weights_dtype(model)
     return model if dtype in (None, x.dtype) else CastImages(model, dtype)
 

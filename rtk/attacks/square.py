@@ -60,6 +60,8 @@ class Square:
     p: float = 0.8
     _guard: Guard = field(default_factory=Guard, init=False, repr=False, compare=False)
 
+    capturable = False  # it looks at how many images are left, and draws on the CPU
+
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, ("linf", "l2"))
         for name in ("eps", "queries"):

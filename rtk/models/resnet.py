@@ -8,7 +8,7 @@ from torchvision.models import resnet as torchvision_resnet
 from rtk.errors import RtkError
 from rtk.models.base import MODELS, Classifier
 from rtk.models.spec import ModelSpec
-from rtk.nn import BatchNormAct2d
+from rtk.nn import BatchNormAct2d, MaxPool2d
 
 _PLANES = (64, 128, 256, 512)
 
@@ -83,7 +83,7 @@ class ResNet(Classifier):
             self.conv1 = nn.Conv2d(3, planes[0], 3, stride=1, padding=1, bias=False)
         self.bn1 = BatchNormAct2d(planes[0])
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if spec.stem == "7x7" else nn.Identity()
+        self.maxpool = MaxPool2d(3, stride=2, padding=1) if spec.stem == "7x7" else nn.Identity()
         self.layer1 = self._layer(block, planes[0], depths[0], stride=1)
         self.layer2 = self._layer(block, planes[1], depths[1], stride=2)
         self.layer3 = self._layer(block, planes[2], depths[2], stride=2)

@@ -1,8 +1,20 @@
 """Layers with masked weights, and the way to and from plain models."""
 
+from rtk.nn._compaction import CompactionReport
 from rtk.nn.batch_norm_act import BatchNormAct2d
+from rtk.nn.compact import compact
 from rtk.nn.convert import fold, mask_model
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.nn.masked_linear import MaskedLinear
+from rtk.nn.max_pool2d import MaxPool2d
 
-__all__ = ["BatchNormAct2d", "MaskedConv2d", "MaskedLinear", "fold", "mask_model"]
+__all__ = [
+    "BatchNormAct2d",
+    "CompactionReport",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "MaxPool2d",
+    "compact",
+    "fold",
+    "mask_model",
+]

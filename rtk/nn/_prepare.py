@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rtk.nn._trace import harmless
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.ops.fold_weights import FoldLayer, FoldPlan
 
@@ -68,6 +69,7 @@ def prepare_apart(model: nn.Module) -> None:
     _plans.pop(model, None)
 
 
+@harmless
 def _before(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling() or not _wanted():
         return
@@ -81,6 +83,7 @@ def _before(model: nn.Module, _: Any) -> None:
         plan.run()
 
 
+@harmless
 def _after(model: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return

@@ -26,9 +26,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
             RtkError: if shapes do not fit, or in training there is one value a channel only.
         """
         self._check_input_dim(x)
-        updates = self.training and self.track_running_stats
-        has_buffers = self.running_mean is not None or self.running_var is not None
-        running = (not self.training and has_buffers) or updates
+        training, mean, var = self.training, self.running_mean, self.running_var
+        updates = training and self.track_running_stats
+        has_buffers = mean is not None or var is not None
+        running = (not training and has_buffers) or updates
         count: Tensor | None = self.num_batches_tracked if updates else None
         momentum = self.momentum
         if momentum is None:  # the mean over all batches so far; reading the count synchronises
@@ -41,9 +42,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
             residual,
             self.weight,
             self.bias,
-            self.running_mean if running else None,
-            self.running_var if running else None,
-            training=self.training or not has_buffers,
+            mean if running else None,
+            var if running else None,
+            training=training or not has_buffers,
             relu=relu,
             momentum=momentum,
             eps=self.eps,

@@ -7,13 +7,16 @@ from rtk.ops.block_matmul import block_matmul
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
 from rtk.ops.gaussian_noise import gaussian_noise
+from rtk.ops.live_tiles import live_tiles
 from rtk.ops.masked_conv2d import masked_conv2d
+from rtk.ops.max_pool2d import max_pool2d
 from rtk.ops.pgd_init import pgd_init
 from rtk.ops.pgd_step import pgd_step
 from rtk.ops.positive_bits import pack_positive, unpack_positive
 from rtk.ops.prepare_weight import prepare_weight
 from rtk.ops.stem_conv2d import stem_conv2d, stem_conv2d_bwd_input
 from rtk.ops.topk_mask import topk_mask, topk_mask_global
+from rtk.ops.topk_plan import TopkPlan, pack_mask
 
 __all__ = [
     "BACKENDS",
@@ -26,7 +29,10 @@ __all__ = [
     "fused_conv2d",
     "fused_conv2d_bwd_input",
     "gaussian_noise",
+    "live_tiles",
     "masked_conv2d",
+    "max_pool2d",
+    "pack_mask",
     "pack_positive",
     "pgd_init",
     "pgd_step",
@@ -35,6 +41,7 @@ __all__ = [
     "stem_conv2d_bwd_input",
     "topk_mask",
     "topk_mask_global",
+    "TopkPlan",
     "tuning",
     "turn_filter",
     "unpack_positive",

@@ -130,6 +130,8 @@ def sums_needed(training: bool, needs: list[bool]) -> bool:
 
 def why_not_gpu(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> str | None:
     """Return why the kernels cannot take these, or None where they can."""
+    if _serves(x, residual, vectors):
+        return None
     given = [tensor for tensor in (x, residual, *vectors) if tensor is not None]
     reason = why_not_triton(*given) or _compiled.why_not_dtype(x, "x", *DTYPES)
     if reason is not None:
@@ -148,6 +150,26 @@ def why_not_gpu(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> 
     return None
 
 
+def _serves(x: Tensor, residual: Tensor | None, vectors: tuple[Tensor | None, ...]) -> bool:
+    """Return whether `why_not_gpu` finds nothing, as in most calls: quickly."""
+    if (
+        why_not_triton(x) is not None
+        or x.dtype not in DTYPES
+        or x.shape[1] % GROUP
+        or not x.is_contiguous(memory_format=LAST)
+        or x.numel() == 0
+    ):
+        return False
+    if residual is not None and (residual.dtype != x.dtype or not residual.is_cuda):
+        return False
+    for vector in vectors:
+        if vector is not None and (
+            vector.dtype != torch.float32 or not vector.is_cuda or not vector.is_contiguous()
+        ):
+            return False
+    return True
+
+
 @functools.cache
 def programs(device: torch.device) -> int:
     """Return how many programs of 8 warps a GPU runs at once."""
@@ -158,9 +180,13 @@ def programs(device: torch.device) -> int:
 
 def tiling(x: Tensor, accesses: int) -> tuple[int, dict[str, int]]:
     """Return the number of blocks of channels, and a tile with `accesses` of 16 bytes a thread."""
-    channels = x.shape[1]
+    return _tiling(x.shape[1], x.element_size(), accesses)
+
+
+@functools.cache
+def _tiling(channels: int, itemsize: int, accesses: int) -> tuple[int, dict[str, int]]:
     block = min(BLOCK_C, 1 << (channels - 1).bit_length())
-    unrolled = max(1, accesses * 2 // x.element_size())
+    unrolled = max(1, accesses * 2 // itemsize)
     threads = WARPS * 32
     sizes = {"U": unrolled, "R": threads * GROUP // block, "BLOCK_C": block}
     return -(-channels // block), sizes | {"num_warps": WARPS}

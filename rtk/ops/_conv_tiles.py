@@ -32,6 +32,7 @@ class Problem:
     upsample: int
     residual_stride: int  # 0: no residual
     gated: bool
+    live_log2: int | None = None  # of the share of weights that is not skipped; None: all, dense
 
     @property
     def flat(self) -> bool:
@@ -45,6 +46,9 @@ class Tile:
 
     `halo` fetches the box once with its border; `resident` keeps all weights in shared memory. The
     box has 2**images_log2 images, 2**columns_log2 columns, and as many rows as remain.
+
+    With `narrow_columns`, one of `NARROW`: 8 images x so many columns x 1 row of a kernel of its
+    own, csrc/cuda/narrow_conv2d.cu; nothing else counts then.
     """
 
     channels: int
@@ -53,10 +57,13 @@ class Tile:
     resident: bool
     images_log2: int
     columns_log2: int
+    narrow_columns: int = 0
 
     @property
     def pixels(self) -> int:
         """Output pixels of a tile: two warpgroups share one unless the weights are resident."""
+        if self.narrow_columns:
+            return 8 * self.narrow_columns
         return 64 * self.blocks * (1 if self.resident else 2)
 
     @property
@@ -69,9 +76,11 @@ class Tile:
             int(self.resident),
             self.images_log2,
             self.columns_log2,
+            self.narrow_columns,
         )
 
 
+NARROW = tuple(Tile(64, 1, False, True, 3, 0, columns) for columns in (14, 16))
 _SHAPES = ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1))
 
 
@@ -83,7 +92,8 @@ def _pixels(problem: Problem, tile: Tile) -> int:
     """Pixels that all tiles together compute, what hangs over the image's edges included."""
     if problem.flat:
         return _covered(problem.n * problem.out_h * problem.out_w, tile.pixels)
-    images, columns = 1 << tile.images_log2, 1 << tile.columns_log2
+    images = 1 << tile.images_log2
+    columns = tile.narrow_columns or 1 << tile.columns_log2
     step = 2 if problem.upsample == 2 or problem.residual_stride == 2 else 1
     height, width = -(-problem.out_h // step), -(-problem.out_w // step)
     rows = tile.pixels // (images * columns)
@@ -104,9 +114,15 @@ def _boxes(problem: Problem, pixels: int) -> Iterator[tuple[bool, int, int]]:
             yield False, images, columns
 
 
+def _is_narrow(problem: Problem) -> bool:
+    """Return whether the kernel of the narrow tiles takes it."""
+    taken = (problem.k, problem.r, problem.stride, problem.upsample) == (64, 3, 1, 1)
+    return taken and problem.c <= 64 and problem.residual_stride < 2
+
+
 def candidates(problem: Problem, fits: Callable[[Tile], bool] = lambda tile: True) -> list[Tile]:
     """Return the tiles worth timing among those that have room in shared memory."""
-    found = []
+    found = list(NARROW) if _is_narrow(problem) else []
     for channels, blocks in _SHAPES:
         if channels > problem.k and channels > 64:
             continue
@@ -124,7 +140,7 @@ def candidates(problem: Problem, fits: Callable[[Tile], bool] = lambda tile: Tru
     shapes: dict[tuple[object, ...], list[Tile]] = {}
     for tile in sorted(work, key=lambda tile: (work[tile], tile.images_log2)):
         if work[tile] <= _WASTE * least:
-            shapes.setdefault(tile.arguments[:4], []).append(tile)
+            shapes.setdefault((tile.arguments[:4], tile in NARROW), []).append(tile)
     return [tile for boxes in shapes.values() for tile in _spread(boxes)]
 
 
@@ -134,14 +150,60 @@ def _spread(boxes: list[Tile]) -> list[Tile]:
     return boxes if step <= 1 else [boxes[round(i * step)] for i in range(_BOXES)]
 
 
+def _reaching(size: int, part: int, taps: int, padding: int) -> float:
+    """Return the share of the taps along one side that see the image, over tiles of `part`."""
+    last = size + taps - 1 - 2 * padding - 1  # of the image
+    firsts = [first + tap - padding for first in range(0, size, part) for tap in range(taps)]
+    return sum(first + part > 0 and first <= last for first in firsts) / len(firsts)
+
+
+def _sparse_cost(problem: Problem, tile: Tile) -> float:
+    """Estimate the cycles that a convolution takes whose dead blocks of weights are skipped.
+
+    A tile waits for its products (2048 multiply-adds a cycle at best, 65 % of it where they are 64
+    channels wide, as they are next to a dead block) or for its fetches (some 45 bytes a cycle from
+    L2). The input of a tap is fetched where any 64 channels of the tile are live: the more, the
+    wider the tile.
+    """
+    pixels, channels = _pixels(problem, tile), _covered(problem.k, tile.channels)
+    tiles = pixels // tile.pixels * (channels // tile.channels)
+    groups = tile.channels / 64
+    live = 1.0 if tile.resident else 2.0 ** (problem.live_log2 or 0)
+    any_live = 1 - (1 - live) ** groups
+    taps = problem.r**2 / problem.upsample**2
+    images, columns = 1 << tile.images_log2, tile.narrow_columns or 1 << tile.columns_log2
+    rows = tile.pixels // (images * columns)
+    border = problem.r - 1
+    if tile.halo or tile.narrow_columns:
+        boxes = 1 - (1 - any_live) ** taps
+        box = images * (columns + border) * (rows + border)
+    else:
+        if not problem.flat and (problem.stride, problem.upsample) == (1, 1):
+            for size, part in ((problem.out_h, rows), (problem.out_w, columns)):
+                taps *= _reaching(size, part, problem.r, problem.padding)
+        boxes, box = taps * any_live, tile.pixels
+    blocks = taps * live * groups  # of weights
+    chunks = -(-problem.c // 64)
+    wide = live if tile.channels > 64 else 0.0  # share of products that are 128 channels wide
+    products = chunks * blocks * 64 * 64 * tile.pixels / 2048 * (wide / 0.95 + (1 - wide) / 0.65)
+    fetched = chunks * 128 * (boxes * box + (0 if tile.resident else blocks * 64))
+    results = tile.pixels * tile.channels * 2 * (2 if problem.residual_stride else 1)
+    at_once = 2 if tile.resident else 1  # tiles of a multiprocessor
+    rounds = -(-tiles // (_PROCESSORS * at_once))
+    return rounds * (at_once * max(products, fetched / 45) + 1000 + results / 20)
+
+
 def guess(problem: Problem, fits: Callable[[Tile], bool] = lambda tile: True) -> Tile:
     """Return a good tile without timing any: as large as still keeps the multiprocessors busy."""
 
     def cost(tile: Tile) -> tuple[float, ...]:
+        if problem.live_log2 is not None:
+            return (_sparse_cost(problem, tile), tile.resident, not tile.halo)
         pixels, channels = _pixels(problem, tile), _covered(problem.k, tile.channels)
         tiles = pixels // tile.pixels * (channels // tile.channels)
         rounds = _covered(tiles, _PROCESSORS) / tiles
-        size = min(tile.channels, 128) * min(tile.blocks * 2, 4)
+        # Narrow tiles are not held up by shared memory, as all others are with 64 channels.
+        size = 1024 if tile in NARROW else min(tile.channels, 128) * min(tile.blocks * 2, 4)
         return (pixels * channels * rounds / (1 + size / 2048), tile.resident, not tile.halo)
 
     return min(candidates(problem, fits), key=cost)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rtk.ops._conv_output import empty_output, empty_positive
 from rtk.ops._conv_tiles import Problem, Tile, pick
 
 _LAST = torch.channels_last
+DENSITY = 0.25  # of live blocks, where the caller does not know
 
 
 def why_not_cuda(
@@ -20,6 +22,7 @@ def why_not_cuda(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
     *,
     relu: bool,
     stride: int,
@@ -52,6 +55,9 @@ def problem_of(
     out: Tensor,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
+    *,
+    density: float = DENSITY,
     **options: Any,
 ) -> Problem:
     """Return what a tile is chosen by for these arguments of the op."""
@@ -67,6 +73,7 @@ def problem_of(
         upsample=options["upsample"],
         residual_stride=0 if residual is None else options["residual_stride"],
         gated=gate is not None,
+        live_log2=None if live is None else round(math.log2(max(density, 2.0**-6))),
     )
 
 
@@ -76,6 +83,7 @@ def run_cuda(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
     *,
     save_positive: bool,
     tile: Tile | None = None,
@@ -88,7 +96,7 @@ def run_cuda(
         return out, positive
     input, weight = (t.contiguous(memory_format=_LAST) for t in (input, weight))
     residual = None if residual is None else residual.contiguous(memory_format=_LAST)
-    bias, gate = (None if t is None else t.contiguous() for t in (bias, gate))
+    bias, gate, live = (None if t is None else t.contiguous() for t in (bias, gate, live))
     bias = None if bias is None else bias.float()
 
     def address(tensor: Tensor | None) -> int:
@@ -97,7 +105,7 @@ def run_cuda(
     n, c, h, w = input.shape
     k, _, r, s = weight.shape
     arguments = (
-        *map(address, (input, weight, bias, residual, gate, out)),
+        *map(address, (input, weight, bias, residual, gate, live, out)),
         positive.data_ptr() if save_positive else 0,
         [n, h, w, c, k, r, s, *out.shape[2:]],
         *(options[name] for name in ("stride", "padding", "upsample", "residual_stride", "relu")),
@@ -111,6 +119,7 @@ def run_cuda(
         return _compiled._C.fused_conv2d_fits(*arguments, tile.arguments)
 
     if tile is None:
-        tile = pick(device, problem_of(input, weight, out, residual, gate, **options), run, fits)
+        problem = problem_of(input, weight, out, residual, gate, live, **options)
+        tile = pick(device, problem, run, fits)
     run(tile)
     return out, positive

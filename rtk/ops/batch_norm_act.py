@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -28,11 +27,10 @@ from rtk.ops._batch_norm import (
     pack,
     rows_of,
     shaped,
-    sums_needed,
     tiling,
     why_not_gpu,
 )
-from rtk.ops._layout import memory_format
+from rtk.ops._batch_norm_autograd import gradients, is_plain, plainly, remember
 from rtk.ops._registry import Op, require
 from rtk.ops.batch_norm_act_bwd import batch_norm_act_bwd_op
 from rtk.ops.batch_norm_stats import batch_norm_stats_op
@@ -82,19 +80,32 @@ def batch_norm_act(
         RtkError: if shapes, dtypes or devices do not fit; if there is one value a channel only to
             take a variance of; if running statistics are missing where they are needed.
     """
-    _check_call(x, residual, weight, bias, running_mean, running_var, training)
     vectors = weight, bias, running_mean, running_var
+    if not _fits(x, residual, vectors, training):
+        _check_call(x, residual, *vectors, training)
     forced = _registry._forced
     if forced == "triton" or (
-        forced is None and not _transformed() and why_not_gpu(x, residual, *vectors) is None
+        forced is None
+        and x.is_cuda
+        and not _transformed()
+        and why_not_gpu(x, residual, *vectors) is None
     ):
-        return _by_ops(x, residual, *vectors, training, relu, momentum, eps, num_batches_tracked)
+        rest = training, relu, momentum, eps
+        count = num_batches_tracked
+        countable = count is None or (count.is_cuda and count.dim() == 0)
+        if forced is None and countable and is_plain(x, residual, *vectors, count):
+            return plainly("triton", x, residual, *vectors, count, *rest)
+        return _by_ops(x, residual, *vectors, *rest, count)
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # F.batch_norm, without its look at the shape, which was one of ours.
+    cudnn = torch.backends.cudnn.enabled
+    out = torch.batch_norm(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, cudnn
+    )
     if residual is not None:
         out += residual
-    return F.relu_(out) if relu else out
+    return torch.relu_(out) if relu else out
 
 
 def _transformed() -> bool:
@@ -121,6 +132,25 @@ def _by_ops(
     if training:
         mean, var = batch_norm_stats_op(x, running_mean, running_var, num_batches_tracked, momentum)
     return _op(x, residual, mean, var, weight, bias, training, eps, relu, False)[0]
+
+
+def _fits(
+    x: Tensor, residual: Tensor | None, vectors: tuple[Tensor | None, ...], training: bool
+) -> bool:
+    """Return whether `_check_call` finds nothing: in a tenth of the time."""
+    if x.dim() != 4 or not x.is_floating_point():
+        return False
+    shape, device = x.shape, x.device
+    size = shape[1:2]
+    for vector in vectors:
+        if vector is not None and (vector.shape != size or vector.device != device):
+            return False
+    if residual is not None and (residual.shape != shape or residual.device != device):
+        return False
+    _, _, mean, var = vectors
+    if (mean is None) != (var is None):
+        return False
+    return x.numel() != shape[1] if training else mean is not None
 
 
 def _check_call(
@@ -277,39 +307,16 @@ class _Autograd(torch.autograd.Function):
             x, residual, mean, var, weight, bias, training, eps, relu, relu
         )
         ctx.mark_non_differentiable(positive)
-        needs = ctx.needs_input_grad
-        sums = sums_needed(training, [needs[0], False, needs[4], needs[5]])
-        ctx.save_for_backward(x if sums else None, positive if relu else None, mean, var, weight)
-        ctx.numbers = training, eps
-        ctx.format = memory_format(x)
-        ctx.dtypes = [None if t is None else t.dtype for t in (residual, weight, bias)]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
+        saved = positive if relu else None
+        remember(ctx, x, residual, mean, var, weight, bias, saved, training, eps, needs)
         return out, positive
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: object) -> tuple[Tensor | None, ...]:
-        x, positive, mean, var, weight = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=ctx.format)
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
-        # Without a ReLU the residual's gradient is the output's.
-        ours = [needs[0], needs[1] and positive is not None, *needs[2:]]
-        gradients = list(
-            batch_norm_act_bwd_op(grad, x, positive, mean, var, weight, *ctx.numbers, ours)
-        )
-        if needs[1] and positive is None:
-            gradients[1] = grad
-        for i, dtype in enumerate(ctx.dtypes, 1):
-            gradients[i] = gradients[i].to(dtype) if needs[i] else None
-        of_x, of_residual, of_weight, of_bias = gradients
-        return (
-            of_x if needs[0] else None,
-            of_residual,
-            None,
-            None,
-            of_weight,
-            of_bias,
-            *[None] * 4,
-        )
+        of_x, of_residual, *of_vectors = gradients(ctx, grad, batch_norm_act_bwd_op)
+        return of_x, of_residual, None, None, *of_vectors, *[None] * 4
 
 
 _op.autograd(_Autograd)

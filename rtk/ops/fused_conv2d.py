@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rtk.ops import _compiled
 from rtk.ops._conv_output import empty_output, empty_positive, natural_size, output_shape
-from rtk.ops._fused_conv2d_cuda import run_cuda, why_not_cuda
+from rtk.ops._fused_conv2d_cuda import DENSITY, run_cuda, why_not_cuda
 from rtk.ops._registry import Op, require
 from rtk.ops._triton import why_not_triton
+from rtk.ops.live_tiles import check_words
 from rtk.ops.positive_bits import pack_positive, unpack_positive
 from rtk.ops.prepare_weight import FLOATS
 
@@ -31,6 +32,7 @@ def fused_conv2d(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    live: Tensor | None = None,
     *,
     relu: bool = False,
     stride: int = 1,
@@ -39,6 +41,7 @@ def fused_conv2d(
     out_size: Sequence[int] | None = None,
     residual_stride: int = 1,
     save_positive: bool = False,
+    density: float = DENSITY,
 ) -> Any:
     """Convolve, then add bias and residual, apply ReLU, and gate, in one pass over the output.
 
@@ -65,6 +68,8 @@ def fused_conv2d(
             dtype, or None.
         gate: (N, K, OH, OW), the input's dtype (a NaN counts as not positive), or the bits that
             `save_positive` gave, or None.
+        live: (ceil(K / 64), R * S) int64, `live_tiles(weight)`, or None. Weights whose bit is off
+            are 0, and the CUDA backend skips them; the others multiply them.
         relu: whether negative values become 0. NaN stays NaN, as in torch.relu.
         stride: of the convolution, at least 1.
         padding: zeros around the (upsampled) input, at least 0.
@@ -76,6 +81,8 @@ def fused_conv2d(
             are both even (what a 1x1 convolution with stride 2 hands back).
         save_positive: also return out > 0 as bits, a sixteenth of a bf16 activation to read where
             it gates the way back. Needs relu.
+        density: the share of bits of `live` that are on, 0 to 1, as far as it is known without
+            asking the GPU. It decides only how the work is cut up.
 
     Returns:
         (N, K, OH, OW), the input's dtype, channels_last; it does not require grad. With
@@ -91,6 +98,7 @@ def fused_conv2d(
         bias,
         residual,
         gate,
+        live,
         relu=relu,
         stride=stride,
         padding=padding,
@@ -98,6 +106,7 @@ def fused_conv2d(
         out_size=out_size,
         residual_stride=residual_stride,
         save_positive=save_positive,
+        density=density,
     )
     return (out, positive) if save_positive else out
 
@@ -122,10 +131,12 @@ def fused_conv2d_bwd_input(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    live: Tensor | None = None,
     *,
     stride: int = 1,
     padding: int = 0,
     residual_stride: int = 1,
+    density: float = DENSITY,
 ) -> Tensor:
     """Return the input gradient of `conv2d(x, w, stride=stride, padding=padding)`, with epilogue.
 
@@ -134,6 +145,7 @@ def fused_conv2d_bwd_input(
         turned: (C, K, R, R), `turn_filter(w)`.
         input_size: (H, W) of x.
         bias, residual, gate, residual_stride: as for `fused_conv2d`, in the shape of x.
+        live, density: as for `fused_conv2d`; live is `live_tiles(turned)`.
         stride, padding: the forward convolution's: 1 or 2, and 0 to R - 1.
 
     Returns:
@@ -159,10 +171,12 @@ def fused_conv2d_bwd_input(
         bias,
         residual,
         gate,
+        live,
         upsample=stride,
         padding=turned.shape[2] - 1 - padding,
         out_size=input_size,
         residual_stride=residual_stride,
+        density=density,
     )
 
 
@@ -172,6 +186,7 @@ def _check(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
     *,
     relu: bool,
     stride: int,
@@ -180,6 +195,7 @@ def _check(
     out_size: Sequence[int] | None,
     residual_stride: int,
     save_positive: bool,
+    density: float = DENSITY,
 ) -> None:
     require(relu or not save_positive, "fused_conv2d: save_positive needs relu=True")
     _check_convolution(input, weight, stride, padding, upsample, out_size)
@@ -188,6 +204,9 @@ def _check(
         "fused_conv2d: residual_stride must be 1 or 2, got %s",
         residual_stride,
     )
+    if live is not None:
+        check_words("fused_conv2d", live, weight)
+        require(0 <= density <= 1, "fused_conv2d: density must be 0 to 1, got %s", density)
     n, k, *size = output_shape(input, weight, stride, padding, upsample, out_size)
     small = [-(-s // residual_stride) for s in size]
     wanted = {
@@ -286,9 +305,10 @@ def _fake(*tensors: Tensor | None, save_positive: bool, **options: Any) -> tuple
 
 
 _op = Op(
-    "fused_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, *, "
-    "bool relu, SymInt stride, SymInt padding, SymInt upsample, SymInt[]? out_size, "
-    "SymInt residual_stride, bool save_positive) -> (Tensor, Tensor)",
+    "fused_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gate, "
+    "Tensor? live=None, *, bool relu, SymInt stride, SymInt padding, SymInt upsample, "
+    "SymInt[]? out_size, SymInt residual_stride, bool save_positive, "
+    f"float density={DENSITY}) -> (Tensor, Tensor)",
     _check,
     _fake,
 )
@@ -319,8 +339,10 @@ def _triton(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
     *,
     save_positive: bool,
+    density: float = DENSITY,
     config: Any = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -386,6 +408,7 @@ def _reference(
     bias: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
+    live: Tensor | None = None,
     *,
     relu: bool,
     stride: int,
@@ -394,6 +417,7 @@ def _reference(
     out_size: Sequence[int] | None,
     residual_stride: int,
     save_positive: bool,
+    density: float = DENSITY,
 ) -> tuple[Tensor, Tensor]:
     out = empty_output(
         input, weight, stride=stride, padding=padding, upsample=upsample, out_size=out_size

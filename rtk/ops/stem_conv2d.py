@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from rtk.ops import _compiled
+from rtk.ops._conv_output import empty_positive
 from rtk.ops._registry import Op, require
+from rtk.ops.positive_bits import pack_positive
 
 _BF16 = torch.bfloat16
 _LAST = torch.channels_last
@@ -25,7 +29,8 @@ def stem_conv2d(
     stride: int,
     padding: int,
     pool: bool,
-) -> tuple[Tensor, Tensor]:
+    save_positive: bool = False,
+) -> Any:
     """Normalise images, convolve, add the bias, apply ReLU and, with `pool`, max-pool.
 
     relu(conv2d(bf16((x - mean) / std), bf16(weight)) + bias), summed in fp32, rounded to bf16, and
@@ -43,17 +48,30 @@ def stem_conv2d(
         stride: of the convolution, in pixels, both ways.
         padding: of the convolution, in pixels, on every side.
         pool: whether the max-pool follows.
+        save_positive: also return `pack_positive(out)`, what gates the gradient on its way back.
 
     Returns:
-        (out, index). out: (N, K, H', W') bf16 and channels_last. index, with `pool`: like out,
-        uint8, where in its window (0 to 8, row by row) the maximum lies that `out` holds, the first
-        one among equals; without `pool`: (0,) uint8. Neither requires grad; stem_conv2d_bwd_input
-        gives the gradient in `x`.
+        (out, index), or (out, index, positive). out: (N, K, H', W') bf16 and channels_last. index,
+        with `pool`: like out, uint8, where in its window (0 to 8, row by row) the maximum lies that
+        `out` holds, the first one among equals; without `pool`: (0,) uint8. positive: (N, H', W',
+        4 ceil(K / 64)) int16.
+        None requires grad; stem_conv2d_bwd_input gives the gradient in `x`.
 
     Raises:
         RtkError: if shapes, dtypes or devices do not fit, or the filter is larger than the image.
     """
-    return _op(x, weight, bias, mean, std, stride=stride, padding=padding, pool=pool)
+    out, index, positive = _op(
+        x,
+        weight,
+        bias,
+        mean,
+        std,
+        stride=stride,
+        padding=padding,
+        pool=pool,
+        save_positive=save_positive,
+    )
+    return (out, index, positive) if save_positive else (out, index)
 
 
 def stem_conv2d_bwd_input(
@@ -182,6 +200,7 @@ def _check(
     stride: int,
     padding: int,
     pool: bool,
+    save_positive: bool,
 ) -> None:
     op = "stem_conv2d"
     require(
@@ -209,18 +228,26 @@ def _check(
 
 
 def _empty(
-    x: Tensor, weight: Tensor, *_: Tensor, stride: int, padding: int, pool: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    *_: Tensor,
+    stride: int,
+    padding: int,
+    pool: bool,
+    save_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     size = _out_size("stem_conv2d", x.shape, weight, stride, padding, pool)
     out = torch.empty(size, dtype=_BF16, device=x.device, memory_format=_LAST)
+    positive = empty_positive(out, save_positive)
     if pool:
-        return out, torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=_LAST)
-    return out, torch.empty(0, dtype=torch.uint8, device=x.device)
+        index = torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=_LAST)
+        return out, index, positive
+    return out, torch.empty(0, dtype=torch.uint8, device=x.device), positive
 
 
 _op = Op(
     "stem_conv2d(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor std, *, int stride, "
-    "int padding, bool pool) -> (Tensor, Tensor)",
+    "int padding, bool pool, bool save_positive) -> (Tensor, Tensor, Tensor)",
     _check,
     _empty,
 )
@@ -250,7 +277,13 @@ def _why_not_gpu(*tensors: Tensor) -> str | None:
 
 
 def _why_not_forward(
-    x: Tensor, weight: Tensor, *rest: Tensor, stride: int, padding: int, pool: bool
+    x: Tensor,
+    weight: Tensor,
+    *rest: Tensor,
+    stride: int,
+    padding: int,
+    pool: bool,
+    save_positive: bool,
 ) -> str | None:
     return _why_not_gpu(x, weight, *rest) or _why_not_geometry(weight, stride, padding, pool)
 
@@ -266,8 +299,10 @@ def _cuda(
     stride: int,
     padding: int,
     pool: bool,
-) -> tuple[Tensor, Tensor]:
-    out, index = _empty(x, weight, stride=stride, padding=padding, pool=pool)
+    save_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options: Any = {"stride": stride, "padding": padding, "pool": pool}
+    out, index, positive = _empty(x, weight, **options, save_positive=save_positive and not pool)
     weight, bias, mean, std = (t.contiguous() for t in (weight, bias, mean, std))
     _compiled._C.stem_conv2d_cuda(
         x.data_ptr(),
@@ -279,12 +314,15 @@ def _cuda(
         std.data_ptr(),
         out.data_ptr(),
         index.data_ptr(),
+        positive.data_ptr(),
         (x.shape[0], x.shape[2], x.shape[3], weight.shape[0]),
         pool,
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
-    return out, index
+    if save_positive and pool:  # the pooled image is small
+        positive = pack_positive(out)
+    return out, index, positive
 
 
 @_op.implementation("reference")
@@ -298,14 +336,35 @@ def _reference(
     stride: int,
     padding: int,
     pool: bool,
-) -> tuple[Tensor, Tensor]:
-    out, index = _empty(x, weight, stride=stride, padding=padding, pool=pool)
-    if out.numel() == 0:
-        return out, index
+    save_positive: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options: Any = {"stride": stride, "padding": padding, "pool": pool}
+    out, index, positive = _empty(x, weight, **options, save_positive=save_positive)
+    if out.numel() > 0:
+        _fill_reference(out, index, x, weight, bias, mean, std, **options)
+        if save_positive:
+            positive = pack_positive(out)
+    return out, index, positive
+
+
+def _fill_reference(
+    out: Tensor,
+    index: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    pool: bool,
+) -> None:
     normalised = ((x.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)).to(_BF16).float()
     value = F.conv2d(normalised, weight.to(_BF16).float(), bias, stride, padding).relu().to(_BF16)
     if not pool:
-        return out.copy_(value), index
+        out.copy_(value)
+        return
     # In fp32 and contiguous: the bf16 values, which keep their ties.
     pooled, flat = F.max_pool2d(
         value.float().contiguous(), _POOL, stride=2, padding=1, return_indices=True
@@ -314,7 +373,8 @@ def _reference(
     row, column = flat // width, flat % width
     top = 2 * torch.arange(out.shape[2], device=x.device).view(-1, 1) - 1
     left = 2 * torch.arange(out.shape[3], device=x.device) - 1
-    return out.copy_(pooled), index.copy_((row - top) * _POOL + column - left)
+    out.copy_(pooled)
+    index.copy_((row - top) * _POOL + column - left)
 
 
 def _check_bwd(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,12 +12,16 @@ from rtk.ops import _compiled
 from rtk.ops._registry import Op, require
 from rtk.ops.prepare_weight import FLOATS
 
+T = TypeVar("T")
+_MOST_SCORES = 2**31 - 1  # in one launch: their indices are 32 bits
+
 
 def topk_mask(scores: Tensor | Sequence[Tensor], k: int | Sequence[int]) -> Any:
     """Mark the k largest scores of each tensor.
 
     Larger wins; among equals the smaller flat index; -0 equals +0; NaN loses to everything. The
-    result is the same on every backend.
+    result is the same on every backend. Where the same tensors are marked again and again, as in
+    training, a `TopkPlan` is faster on a GPU: it remembers the last thresholds.
 
     Args:
         scores: a floating tensor of any shape, or a list of them.
@@ -66,7 +70,7 @@ def topk_mask_global(scores: Sequence[Tensor], k: int) -> list[Tensor]:
     return _op_global(list(scores), k)
 
 
-def _check_scores(op: str, scores: Sequence[Tensor]) -> None:
+def check_scores(op: str, scores: Sequence[Tensor]) -> None:
     require(len(scores) > 0, "%s: the list of scores is empty; give at least one tensor", op)
     for tensor in scores:
         require(tensor.dtype in FLOATS, "%s: scores must be floating, got %s", op, tensor.dtype)
@@ -81,22 +85,22 @@ def _check_scores(op: str, scores: Sequence[Tensor]) -> None:
         )
 
 
-def _check_k(op: str, k: int, count: int) -> None:
+def check_k(op: str, k: int, count: int) -> None:
     require(0 <= k <= count, "%s: k must be in [0, %s], the number of scores, got %s", op, count, k)
 
 
 def _check(scores: Sequence[Tensor], k: Sequence[int]) -> None:
-    _check_scores("topk_mask", scores)
+    check_scores("topk_mask", scores)
     require(
         len(k) == len(scores), "topk_mask: got %s tensors and %s values of k", len(scores), len(k)
     )
     for tensor, kept in zip(scores, k, strict=True):
-        _check_k("topk_mask", kept, tensor.numel())
+        check_k("topk_mask", kept, tensor.numel())
 
 
 def _check_global(scores: Sequence[Tensor], k: int) -> None:
-    _check_scores("topk_mask_global", scores)
-    _check_k("topk_mask_global", k, sum(tensor.numel() for tensor in scores))
+    check_scores("topk_mask_global", scores)
+    check_k("topk_mask_global", k, sum(tensor.numel() for tensor in scores))
 
 
 def _empty(scores: Sequence[Tensor], _: Any) -> list[Tensor]:
@@ -105,6 +109,93 @@ def _empty(scores: Sequence[Tensor], _: Any) -> list[Tensor]:
 
 _op = Op("topk_mask(Tensor[] scores, SymInt[] k) -> Tensor[]", _check, _empty)
 _op_global = Op("topk_mask_global(Tensor[] scores, SymInt k) -> Tensor[]", _check_global, _empty)
+
+
+def why_not_cuda(scores: Sequence[Tensor], *, whole: bool) -> str | None:
+    """Return why the CUDA kernel cannot take these scores, or None where it can."""
+    reason = _compiled.why_not_cuda(*scores) or _compiled.why_not_dtype(
+        scores[0], "scores", torch.float32, torch.bfloat16, torch.float16
+    )
+    if reason is None:
+        most = _compiled._C.topk_mask_tensors
+        for part in [scores] if whole else _split(scores, most):
+            count = sum(tensor.numel() for tensor in part)
+            if len(part) > most:
+                return f"there are {len(part)} tensors, it takes {most} with one k"
+            if count > _MOST_SCORES:
+                return f"there are {count} scores, it takes {_MOST_SCORES}"
+    return reason
+
+
+def _split(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Cut a list into parts of at most `most`."""
+    return [items[begin : begin + most] for begin in range(0, len(items), most)]
+
+
+def workspace_bytes(scores: Sequence[Tensor], *, whole: bool) -> int:
+    """Return how many bytes a launch over these scores works in."""
+    return _compiled._C.topk_mask_workspace([tensor.numel() for tensor in scores], whole)
+
+
+def launch_cuda(
+    scores: Sequence[Tensor],
+    k: Sequence[int],
+    *,
+    whole: bool,
+    workspace: Tensor,
+    fresh: bool,
+    masks: Sequence[Tensor] = (),
+    bits: Sequence[Tensor] = (),
+    device_k: Tensor | None = None,
+) -> None:
+    """Queue one launch over at most `_C.topk_mask_tensors` tensors; csrc/rtk.h, `TopkMasks`.
+
+    Args:
+        scores: what the kernel takes (`why_not_cuda`), of any strides.
+        k: one a tensor, or a single one over the `whole` list.
+        whole: whether the list shares one k.
+        workspace: uint8, `workspace_bytes`.
+        fresh: forget what the workspace holds. Otherwise it is zero before the first call.
+        masks: bool, dense, one a tensor, or none.
+        bits: int32, ceil(n / 32) words a tensor, or none.
+        device_k: int32, read when the kernel runs, in place of `k`.
+    """
+    dense = [tensor.contiguous() for tensor in scores]
+    device = workspace.device
+    _compiled._C.topk_mask_cuda(
+        [tensor.data_ptr() for tensor in dense],
+        [tensor.numel() for tensor in dense],
+        [mask.data_ptr() for mask in masks],
+        [words.data_ptr() for words in bits],
+        k,
+        0 if device_k is None else device_k.data_ptr(),
+        _compiled.DTYPES[dense[0].dtype],
+        whole,
+        fresh,
+        workspace.data_ptr(),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def _run_cuda(scores: Sequence[Tensor], k: Sequence[int], *, whole: bool) -> list[Tensor]:
+    size = workspace_bytes(scores, whole=whole)
+    workspace = torch.empty(size, dtype=torch.uint8, device=scores[0].device)
+    masks = _empty(scores, k)
+    launch_cuda(scores, k, whole=whole, workspace=workspace, fresh=True, masks=masks)
+    return masks
+
+
+@_op_global.implementation("cuda", lambda scores, _: why_not_cuda(scores, whole=True))
+def _global_cuda(scores: Sequence[Tensor], k: int) -> list[Tensor]:
+    return _run_cuda(scores, [k], whole=True)
+
+
+@_op.implementation("cuda", lambda scores, _: why_not_cuda(scores, whole=False))
+def _cuda(scores: Sequence[Tensor], k: Sequence[int]) -> list[Tensor]:
+    most = _compiled._C.topk_mask_tensors
+    parts = zip(_split(scores, most), _split(k, most), strict=True)
+    return [mask for part, kept in parts for mask in _run_cuda(part, kept, whole=False)]
 
 
 def _why_not_cpu(scores: Sequence[Tensor], _: Any) -> str | None:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rtk.attacks import GraphedAttack
+from rtk.attacks.gradient import local_network
+from rtk.attacks.graphed import capturable
 from rtk.cuda_graph import (
     GraphChoice,
     Graphed,
@@ -40,6 +43,11 @@ def make_step(
     learning rate may change from step to step, `model.train()` and `eval()` may be called in
     between, checkpoints may be saved and loaded. Hooks and other Python code of the model and the
     optimiser run in eager steps only, and a model that looks at tensor values stays eager.
+
+    A DistributedDataParallel model is attacked without its wrapper, on each rank by itself; only
+    the outer forward and backward pass communicate. There, and where the optimiser is what cannot
+    be captured, the attack becomes a CUDA graph of its own. Each rank's loss is that of its own
+    batch. Random starts follow each process's generator: seed the ranks differently.
 
     Args:
         model: takes images in [0, 1] and returns logits; each module stays in the mode (train or
@@ -91,10 +99,13 @@ class TrainStep(Graphed):
         why_not = _why_not(model, optimizer) if device.type == "cuda" else None
         if graph is True and device.type != "cuda":
             why_not = f"the model is on {device}, which has no CUDA graphs"
+        if why_not is not None and graph == "auto" and attack is not None and capturable(attack):
+            attack, why_not = GraphedAttack(attack), f"{why_not}; only the attack has one"
         super().__init__("make_step", graph, why_not)
         if device.type != "cuda":
             self._graph = False
         self._model = model
+        self._attacked = local_network(model)
         self._optimizer = optimizer
         self._attack = attack
         self._amp = amp
@@ -130,7 +141,7 @@ class TrainStep(Graphed):
         )
         with autocast:
             if self._attack is not None:
-                x = self._attack(self._model, x, y, **seed)
+                x = self._attack(self._attacked, x, y, **seed)
             logits = self._model(x)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=self._label_smoothing)
         self._optimizer.zero_grad(set_to_none=True)

@@ -108,6 +108,46 @@ def test_a_small_first_batch(model, batch, name, count):
             attack(model, x * 255, y)
 
 
+OF_A_RADIUS = {
+    "pgd": lambda norm, eps: PGD(norm, eps, 0.1, 2),
+    "pgd_keep_best": lambda norm, eps: PGD(norm, eps, 0.1, 2, restarts=2, keep_best=True),
+    "fgsm": FGSM,
+    "fast": Fast,
+    "apgd": lambda norm, eps: APGD(norm, eps, 3),
+    "square": lambda norm, eps: Square(norm, eps, 3),
+}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", OF_A_RADIUS)
+def test_a_radius_of_zero_gives_the_images_and_a_negative_one_is_refused(model, batch, name, norm):
+    x, y = batch
+    x_adv = OF_A_RADIUS[name](norm, 0.0)(model, x, y)
+    torch.testing.assert_close(x_adv, x, rtol=0, atol=0 if norm == "linf" else 1e-6)
+    for eps in (-0.1, float("nan")):
+        with pytest.raises(RtkError, match=r"(eps|step_size) must be >= 0"):
+            OF_A_RADIUS[name](norm, eps)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_steps_of_length_zero_stay_at_the_start(model, batch, norm):
+    x, y = batch
+    still = PGD(norm, 0.1, step_size=0.0, steps=3, random_start=False)(model, x, y)
+    torch.testing.assert_close(still, x, rtol=0, atol=1e-7)
+    still = PGD(norm, 0.1, step_size=0.0, steps=3)(model, x, y, seed=3)
+    start = PGD(norm, 0.1, steps=0)(model, x, y, seed=3)
+    torch.testing.assert_close(still, start, rtol=0, atol=1e-6)
+    assert not torch.equal(start, x)
+
+
+def test_no_steps_give_a_start_that_is_in_range(model, batch):
+    """Later batches are not looked at: they are clipped."""
+    x, y = batch
+    attack = PGD(steps=0, random_start=False)
+    attack(model, x, y)
+    assert torch.equal(attack(model, 3 * x - 1, y), (3 * x - 1).clamp(0, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_of_another_precision_is_attacked_in_fp32(trained, losses, name, dtype):

@@ -460,6 +460,32 @@ def test_wrappers_are_looked_through(everywhere, model, batch):
     torch.testing.assert_close(grad, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "images", "served"),
+    [
+        (torch.float32, BF16, True),
+        (torch.float32, torch.float64, True),
+        (BF16, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_a_route_is_found_again_behind_a_cast(
+    everywhere, model, batch, monkeypatch, weights, images, served
+):
+    """The cast is a new wrapper in every call; a program, or that there is none, is the model's."""
+    tried, model = [], model.to(weights)
+    monkeypatch.setattr(
+        route, "FusedProgram", lambda *args, **kw: tried.append(args) or FusedProgram(*args, **kw)
+    )
+    attack = PGD(steps=2, step_size=0.02)
+    with torch.autocast("cpu", dtype=BF16):
+        for _ in range(3):
+            x_adv = attack(model, batch[0].to(images), batch[1])
+    assert len(tried) == 1 and (route._entries[model].program is not None) == served
+    assert x_adv.dtype == images and not torch.equal(x_adv, batch[0].to(images))
+    assert (why_not(model) is None) == served
+
+
 def test_a_model_that_is_gone_leaves_nothing(everywhere, batch):
     gc.collect()
     before = len(route._entries)

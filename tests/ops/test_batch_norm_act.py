@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rtk.errors import RtkError
+from rtk.ops import _batch_norm_autograd as plain_calls
 from rtk.ops import backend as forced
 from rtk.ops import batch_norm_act
 
@@ -188,6 +189,98 @@ def test_the_public_function_compiles(device):
     tensors, stats = given((4, 16, 6, 5), device), buffers(16, device)
     out = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors, *stats)
     torch.testing.assert_close(out, function(*tensors, *buffers(16, device)))
+
+
+def by_plain_call(x, residual, weight, bias, mean, var, training, relu, count=None):
+    """What a GPU takes eagerly; here by the references."""
+    rest = training, relu, 0.1, 1e-5
+    return plain_calls.plainly("reference", x, residual, weight, bias, mean, var, count, *rest)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_plain_call_is_the_three_ops_bit_for_bit(dtype, residual, training, relu):
+    tensors = given((3, 24, 5, 4), "cpu", dtype, residual=residual)
+    for kept in ((0, 1, 2, 3), (0,), (1,), (2, 3)):
+        results = []
+        for function in (by_plain_call, by_ops):
+            mine = [
+                t if t is None else t.clone().requires_grad_(i in kept)
+                for i, t in enumerate(tensors)
+            ]
+            stats = buffers(24, "cpu")
+            out = function(*mine, *stats, training, relu)
+            if out.requires_grad:
+                out.square().sum().backward()
+            results.append([out, *stats, *(None if t is None else t.grad for t in mine)])
+            assert all(t is None or (t.grad is None) == (i not in kept) for i, t in enumerate(mine))
+        for ours, theirs in zip(*results, strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+            assert ours is None or ours.stride() == theirs.stride()
+
+
+def test_a_plain_call_saves_nothing_without_gradients_and_counts_batches():
+    tensors, stats = given((3, 24, 5, 4), "cpu"), buffers(24, "cpu")
+    count = torch.tensor(4)
+    versions = [t._version for t in (*stats, count)]
+    with torch.no_grad():
+        out = by_plain_call(*leaves(tensors), *stats, True, True, count)
+    assert not out.requires_grad and count == 5
+    assert all(t._version > v for t, v in zip((*stats, count), versions, strict=True))
+
+
+def test_a_plain_call_differentiates_once():
+    x = given((3, 8, 5, 4), "cpu")[0].requires_grad_()
+    out = by_plain_call(x, None, None, None, *buffers(8, "cpu"), True, True)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_what_else_follows_a_call_makes_it_no_plain_one():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    x, seen = torch.rand(2, 8, 4, 4), []
+    look = lambda x: seen.append(plain_calls.is_plain(x)) or x * 1  # noqa: E731
+    assert plain_calls.is_plain(x, None, torch.nn.Parameter(x))
+    assert not plain_calls.is_plain(type("Own", (torch.Tensor,), {})(x))
+    torch.func.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    torch.func.jvp(look, (x,), (x,))
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
+    torch.fx.experimental.proxy_tensor.make_fx(look)(x)
+    with pytest.warns(DeprecationWarning):
+        torch.jit.trace(look, x, check_trace=False)
+    assert seen and not any(seen)
+
+    def compiled(x):
+        return x + plain_calls.is_plain(x)
+
+    assert torch.equal(torch.compile(compiled, fullgraph=True, backend="eager")(x), x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_a_plain_call_on_a_gpu(monkeypatch, training):
+    tensors, results = given((40, 64, 9, 9), "cuda", torch.bfloat16), []
+    for function in (by_ops, public):
+        mine, stats = leaves(tensors), buffers(64, "cuda")
+        if function is public:  # it must not come to the ops
+            monkeypatch.setattr(module, "_by_ops", None)
+        out = function(*mine, *stats, training, True)
+        out.square().sum().backward()
+        results.append([out, *stats, *(t.grad for t in mine)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_count_on_the_cpu_is_refused_on_a_gpu():
+    x, count = given((4, 8, 3, 3), "cuda")[0], torch.tensor(0)
+    with pytest.raises(RtkError, match="num_batches_tracked is on cpu"):
+        batch_norm_act(x, training=True, num_batches_tracked=count)
 
 
 INTERPRETED = """

@@ -41,6 +41,7 @@ def batch_norm(x: Tensor, w: Tensor) -> list[Tensor]:
 CALLS: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
     "masked_conv2d": convolution,
     "batch_norm_act": batch_norm,
+    "max_pool2d": lambda x, w: [ops.max_pool2d(x)],
     "prepare_weight": lambda x, w: [ops.prepare_weight(w, w > 0, dtype=torch.bfloat16)],
     "block_matmul": lambda x, w: [ops.block_matmul(x, w[0, 0].tile(2, 2), x[0, 0, :2, :2] > 0, 3)],
     "topk_mask": lambda x, w: ops.topk_mask([x, w], [100, 50]),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,14 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtk.errors import RtkError
-from rtk.ops import backend as forced
 from rtk.ops import (
+    _conv_tiles,
     fused_conv2d,
     fused_conv2d_bwd_input,
+    live_tiles,
     pack_positive,
     turn_filter,
     unpack_positive,
 )
+from rtk.ops import backend as forced
+from rtk.ops._conv_tiles import Tile, candidates
+from rtk.ops._fused_conv2d_cuda import problem_of, run_cuda
 from rtk.ops._registry import ops
 
 OP = "fused_conv2d"
@@ -623,3 +628,62 @@ def test_every_candidate_tile(name):
     for config in candidates(case.c, case.k):
         out, _ = _triton(*tensors, config=config, **case.options)
         torch.testing.assert_close(out.double(), wanted, rtol=2.0**-8, atol=5e-5)
+
+
+# Every kind of tile, strides and classes, channels that are no multiple of a tile's.
+SPARSE = {
+    "3x3": Case(5, 192, (9, 7), 192, padding=1, bias=True, residual=1, relu=True),
+    "3x3-one-pixel-tiles": Case(130, 128, (3, 4), 256, padding=1, bias=True, relu=True),
+    "3x3-512": Case(16, 512, (7, 7), 512, padding=1, residual=1, gate=True),
+    "3x3-64": Case(9, 136, (16, 15), 64, padding=1, gate=True),
+    "3x3-unpadded": Case(4, 64, (10, 10), 128, bias=True),
+    "3x3-stride-2": Case(6, 128, (9, 8), 320, stride=2, padding=1, bias=True, relu=True),
+    "3x3-residual-2": Case(3, 64, (9, 7), 128, padding=1, residual=2),
+    "upsample": Case(
+        5, 192, (5, 4), 256, padding=1, upsample=2, extra=(1, 1), residual=2, gate=True
+    ),
+    "upsample-1x1": Case(3, 128, (4, 4), 128, (1, 1), upsample=2, extra=(1, 0), residual=1),
+    "1x1": Case(5, 200, (9, 7), 448, (1, 1), bias=True, residual=1, relu=True),
+    "1x1-stride-2": Case(5, 256, (9, 7), 128, (1, 1), stride=2, bias=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", [0, "one block", 0.1, 0.5, 1], ids=str)
+@pytest.mark.parametrize("name", SPARSE)
+def test_live_blocks_and_no_others_are_multiplied(name, density, monkeypatch):
+    """Dead blocks hold NaN where a tile promises to skip them, so one product would show."""
+    monkeypatch.setattr(_conv_tiles, "_WASTE", 8)  # tiles that no one would take are to be right
+    case = SPARSE[name]
+    x, weight, bias, residual, gate = case.tensors(HALF, "cuda")
+    blocks = torch.rand(-(-case.k // 64), -(-case.c // 64), *case.filter, device="cuda")
+    blocks = blocks == blocks.min() if density == "one block" else blocks < density
+    mask = blocks.repeat_interleave(64, 0).repeat_interleave(64, 1)[:, : case.c]
+    live = live_tiles(mask)
+    masked, poisoned = (
+        weight.masked_fill(~mask, value).contiguous(memory_format=LAST) for value in (0, torch.nan)
+    )
+    given = [x, masked, bias, residual, None if gate is None else pack_positive(gate), live]
+    wanted = formula(case, x, masked, bias, residual, gate)
+    options = case.options | {"save_positive": case.relu}
+    out, _ = run_cuda(*given, **options)  # the guess
+    problem = problem_of(x, masked, out, residual, gate, live, **options, density=0.25)
+
+    def fits(tile: Tile) -> bool:
+        try:
+            run_cuda(*given, tile=tile, **options)
+        except ValueError:
+            return False
+        return True
+
+    tiles = candidates(problem, fits)
+    skipping = {(tile.channels, tile.blocks) for tile in tiles if not tile.resident}
+    assert len(skipping) == (5 if case.k >= 256 else 4 if case.k >= 128 else 2)
+    for tile in tiles:
+        taken = masked if tile.resident else poisoned
+        out, positive = run_cuda(x, taken, *given[2:], tile=tile, **options)
+        torch.testing.assert_close(
+            out.double(), wanted, rtol=2.0**-8, atol=1e-4, msg=partial("{}: {}".format, tile)
+        )
+        if case.relu:
+            assert torch.equal(positive, pack_positive(out)), tile

@@ -59,7 +59,7 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
     scores = [torch.randn(3, 4), torch.randn(5), torch.randn(0)]
     w_full, small = randn(6, 4, 3, 3, grad=True), randn(2, 6, 7, 6)
     w3, w7, b, c = randn(8, 3, 3, 3), randn(8, 3, 7, 7), randn(8), torch.rand(3) + 0.1
-    no_index = torch.empty(0, dtype=torch.uint8)
+    no_index, words = torch.empty(0, dtype=torch.uint8), torch.ones(1, 9, dtype=torch.int64)
     middle = torch.full((2, 8, 1, 2), 4, dtype=torch.uint8)
     bn, small_grad = torch.rand(4) + 0.5, randn(2, 4, 7, 6)
     bits = torch.randint(16, (2, 7, 6, 1), dtype=torch.uint8)
@@ -112,7 +112,9 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w_full, None, None, None), FUSED),
             ((x, w_full, bias, small, None), FUSED | {"relu": True, "save_positive": True}),
             ((x.detach(), w_full.detach(), None, None, pack_positive(small)), FUSED),
+            ((x.detach(), w_full.detach(), None, None, None, words), FUSED | {"density": 0.5}),
         ],
+        "live_tiles": [((w_full,), {}), ((m,), {}), ((half[:, :, :3, :3],), {})],
         "batch_norm_stats": [
             ((half.detach(), torch.zeros(4), torch.ones(4), torch.tensor(2), 0.1), {}),
             ((x_last.detach(), None, None, None, 0.1), {}),
@@ -127,12 +129,16 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((small_grad, None, None, bn, bn, None, False, 1e-5, [True, *[False] * 3]), {}),
         ],
         "stem_conv2d": [
-            ((image, w3, b, c, c), S3),
-            ((image_last.bfloat16(), w7, b, c, c), S7),
+            ((image, w3, b, c, c), S3 | {"save_positive": True}),
+            ((image_last.bfloat16(), w7, b, c, c), S7 | {"save_positive": False}),
         ],
         "stem_conv2d_bwd_input": [
             ((randn(2, 8, 4, 5, dtype=HALF), no_index, w3, c), S3 | BACKWARD),
             ((randn(2, 8, 1, 2, dtype=HALF), middle, w7, c), S7 | BACKWARD),
+        ],
+        "max_pool2d": [((x,), {}), ((x_last.bfloat16(),), {})],
+        "max_pool2d_bwd": [
+            ((randn(2, 4, 4, 3), torch.full((2, 4, 4, 3), 4, dtype=torch.uint8), [7, 6]), {})
         ],
         "topk_mask": [((scores, [3, 5, 0]), {})],
         "topk_mask_global": [((scores, 9), {})],

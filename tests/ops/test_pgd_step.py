@@ -219,17 +219,20 @@ def test_every_number_of_dimensions(shape, norm, backend, device):
     assert torch.equal(out, wanted)
 
 
-# What the kernel does with an image: in one block's shared memory, in that of two or eight blocks,
-# too large for any, too odd to copy four pixels at once; and so many that blocks wait for a place.
+# What the kernel does with an image: in one block's shared memory or in that of up to eight, too
+# large for any, too odd to take four pixels at once or just too odd for eight; and so many images
+# that a block, or a cluster of eight, takes several.
 SIZES = {
-    "one-block": (5, 3, 32, 32),
-    "two-blocks": (3, 3, 64, 64),
+    "one-block": (200, 3, 32, 32),
+    "few-blocks": (5, 3, 64, 64),
     "eight-blocks": (2, 3, 224, 224),
     "parts-uneven": (3, 3, 100, 132),
     "too-large": (2, 3, 600, 600),
     "too-odd": (2, 3, 299, 299),
+    "fours": (5, 3, 50, 50),
     "tiny": (3, 1, 2, 2),
     "many": (3000, 3, 16, 16),
+    "many-for-eight": (40, 3, 160, 160),
 }
 
 
@@ -267,7 +270,7 @@ def test_l2_every_size_on_a_gpu(size, dtypes, layout):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", ["one-block", "eight-blocks", "too-large"])
+@pytest.mark.parametrize("size", ["one-block", "eight-blocks", "too-large", "many-for-eight"])
 def test_l2_a_step_back_to_the_origin_on_a_gpu(size):
     """Offset and step cancel to 1/1000 in one image; the others keep to the short way."""
     x = torch.rand(SIZES[size], device="cuda") * 0.5 + 0.25

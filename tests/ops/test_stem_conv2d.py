@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rtk import ops
 from rtk.errors import RtkError
-from rtk.ops import stem_conv2d, stem_conv2d_bwd_input
+from rtk.ops import pack_positive, stem_conv2d, stem_conv2d_bwd_input
 
 OP = "stem_conv2d"
 LAST = torch.channels_last
@@ -88,7 +88,9 @@ def places(x: Tensor, out: Tensor, *arguments: Tensor, stride, padding, pool) ->
 
 
 def check_forward(x: Tensor, *arguments: Tensor, **geometry) -> tuple[Tensor, Tensor]:
-    out, index = stem_conv2d(x, *arguments, **geometry)
+    out, index, positive = stem_conv2d(x, *arguments, save_positive=True, **geometry)
+    assert torch.equal(positive, pack_positive(out.float()))
+    assert torch.equal(stem_conv2d(x, *arguments, **geometry)[0], out)
     if x.shape[0] == 0:
         assert out.shape[0] == 0
         return out, index

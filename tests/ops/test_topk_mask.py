@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import rtk
 from rtk.errors import RtkError
 from rtk.ops import topk_mask, topk_mask_global
 
 OP = "topk_mask"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CUDA_DTYPES = [dtype for dtype in DTYPES if dtype != torch.float64]
 INF, NAN = math.inf, math.nan
 TRICKY = {
     "all-equal": [1.0] * 9,
@@ -56,6 +58,8 @@ def assert_kept(masks: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", TRICKY)
 def test_every_k_of_tricky_scores(name, dtype, backend, device):
+    if backend == "cuda" and dtype not in CUDA_DTYPES:
+        pytest.skip("the kernel does not take this dtype")
     scores = torch.tensor(TRICKY[name], dtype=dtype, device=device)
     for k in range(scores.numel() + 1):
         mask = topk_mask(scores, k)
@@ -80,7 +84,7 @@ def test_random_lists(seed, backend, device):
     dice = random.Random(seed)
     torch.manual_seed(seed)
     for case in range(40):
-        dtype = dice.choice(DTYPES)
+        dtype = dice.choice(CUDA_DTYPES if backend == "cuda" else DTYPES)
         scores = [random_scores(dice).to(device, dtype) for _ in range(dice.randint(1, 5))]
         sizes = [tensor.numel() for tensor in scores]
         ks = [dice.choice([0, n, max(0, n - 1), dice.randint(0, n)]) for n in sizes]
@@ -173,3 +177,23 @@ X = torch.ones(3)
 def test_refused(call, words):
     with pytest.raises(RtkError, match=words):
         call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 3_000_000, 29_999_999])
+def test_thirty_million_scores_on_a_gpu(k):
+    scores = torch.randn(30_000_000, device="cuda")
+    for values in (scores, (8 * scores).round()):  # the second time with many ties
+        assert torch.equal(topk_mask(values, k).cpu(), topk_mask(values.cpu(), k))
+
+
+@pytest.mark.gpu
+def test_float64_on_a_gpu_takes_the_reference():
+    scores = [
+        torch.tensor(values, dtype=torch.float64, device="cuda") for values in TRICKY.values()
+    ]
+    ks = [tensor.numel() // 2 for tensor in scores]
+    wanted = [oracle([t], k)[0] for t, k in zip(scores, ks, strict=True)]
+    assert_kept(topk_mask(scores, ks), wanted)
+    with rtk.ops.backend("cuda"), pytest.raises(RtkError, match=r"scores is torch\.float64"):
+        topk_mask(scores, ks)

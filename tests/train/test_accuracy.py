@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from rtk.attacks import PGD
 from rtk.data import Batches, Split
 from rtk.errors import RtkError
 from rtk.train import Accuracy, accuracy
@@ -55,6 +56,19 @@ def test_each_modules_mode_comes_back(make_model, split):
     accuracy(model, Batches(split, 10))
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("attack", [None, PGD(steps=1)], ids=["natural", "attacked"])
+def test_a_model_of_another_precision_is_measured(make_model, split, dtype, attack):
+    model = make_model().to(dtype)
+    found = accuracy(model, Batches(split, 10), attack)
+    assert found.images == 24 and all(p.dtype == dtype for p in model.parameters())
+
+
+def test_an_unknown_graph_is_refused(make_model, split):
+    with pytest.raises(RtkError, match="graph must be 'auto', True or False, got 'never'"):
+        accuracy(make_model(), Batches(split, 10), PGD(steps=1), graph="never")
 
 
 @pytest.mark.parametrize("attacked", [False, True], ids=["natural", "attacked"])

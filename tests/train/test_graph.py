@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtk import cuda_graph
-from rtk.attacks import PGD
+from rtk.attacks import APGD, FGSM, PGD, Fast, Smoothing, Square
 from rtk.attacks.graphed import GraphedAttack
 from rtk.cuda_graph import WARM_UP, CannotCapture, Graphed, model_state, renew_accumulators
 from rtk.data import Batches, Split
@@ -106,17 +106,18 @@ class Pretended:
         static = tuple(tensor.clone() for tensor in inputs)
         with step.recording():
             pass
-        result = torch.zeros(())
 
         def replay():
             self.replays += 1
-            result.copy_(step.recorded(*static))
+            captured.result = step.recorded(*static)
 
         self.captures += 1
         step._captures += 1
         graph = SimpleNamespace(replay=replay)
-        step._captured = cuda_graph._Captured(graph, static, result, signature, step._state)
-        return step._captured
+        nothing = torch.zeros(())
+        captured = cuda_graph._Captured(graph, static, nothing, signature, step._state)
+        step._captured = captured
+        return captured
 
     @contextlib.contextmanager
     def synchronisations(self):
@@ -459,6 +460,148 @@ def test_the_state_of_a_model_tells_modes_memory_and_modules():
     assert model_state(model) != before
 
 
+def pixels(count, device="cpu", batch=8):
+    """Return batches of random images, the last of them smaller."""
+    total = count * batch + 3
+    images = torch.randint(0, 256, (total, 3, 16, 16), dtype=torch.uint8)
+    return Batches(Split(images, torch.arange(total) % CLASSES), batch, device=device)
+
+
+def measure(model, batches, attack, graph):
+    """Return the accuracy, and the images that the attack found."""
+    torch.manual_seed(3)
+    found = accuracy(model, batches, attack, graph=graph)
+    torch.manual_seed(3)
+    graphed = GraphedAttack(attack, graph=graph)
+    images = [graphed(model, x, y) for x, y in batches.epoch(0)]
+    assert graphed.captured == (graph is not False)
+    return found, images
+
+
+CAPTURED = {
+    "pgd": lambda: PGD(steps=2, count_nonfinite=True),
+    "pgd_l2": lambda: PGD("l2", 0.5, 0.1, 2, restarts=2, keep_best=True),
+    "fgsm": FGSM,
+    "fast": Fast,
+    "apgd": lambda: APGD(steps=5),
+    "smoothing": Smoothing,
+}
+EAGER = {
+    "early_stop": lambda: PGD(steps=2, early_stop=True),
+    "apgd_restarts": lambda: APGD(steps=2, restarts=2),
+    "square": lambda: Square(queries=3),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_an_evaluation_replays_its_attack_to_the_same_images(pretended, name):
+    model, batches = small().eval(), pixels(6)
+    attack = CAPTURED[name]()
+    attack(model, *next(batches.epoch(0)))  # only an attack's first batch is looked at
+    (eager, theirs), (found, ours) = (
+        measure(model, batches, attack, graph) for graph in (False, "auto")
+    )
+    assert pretended.captures == 2 and pretended.replays == 2 * (6 - WARM_UP)
+    assert found == eager and len(ours) == 7
+    assert all(torch.equal(x, other) for x, other in zip(ours, theirs, strict=True))
+
+
+def test_batches_of_no_image_and_of_one_in_between(pretended):
+    model, graphed = small().eval(), GraphedAttack(PGD(steps=1))
+    x, y = images(1, "cpu")[0]
+    for size in (16, 1, 16, 0, 16, 16, 1, 0, 16):
+        assert graphed(model, x[:size], y[:size]).shape == x[:size].shape
+    assert pretended.captures == 1 and pretended.replays == 2
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_an_attack_that_looks_at_values_is_evaluated_eagerly_without_a_word(pretended, name):
+    model, batches = small().eval(), pixels(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = accuracy(model, batches, EAGER[name]())
+    assert pretended.captures == 0 and found.images == 5 * 8 + 3
+    with pytest.raises(RtkError, match=r"graph=True, but .*: it looks at values by design"):
+        accuracy(model, batches, EAGER[name](), graph=True)
+
+
+def test_an_attack_whose_settings_change_is_found_out(pretended):
+    """Early stopping that is turned on later waits for the GPU: the rehearsal tells."""
+    model, attack = small().eval(), PGD(steps=1)
+    graphed = GraphedAttack(attack)
+    for batch in images(5, "cpu"):
+        graphed(model, *batch)
+    assert pretended.replays == 2
+    attack.early_stop = pretended.synchronises = True
+    with pytest.warns(UserWarning, match="it waits for the GPU"):
+        for batch in images(5, "cpu"):
+            graphed(model, *batch)
+    assert pretended.replays == 2
+
+
+def test_an_evaluation_of_a_model_that_waits_says_so_once_and_goes_on(pretended):
+    model, batches, attack = small().eval(), pixels(6), PGD(steps=2)
+    torch.manual_seed(3)
+    expected = accuracy(model, batches, attack, graph=False)
+    pretended.synchronises = True
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="which is slower: it waits for the GPU") as told:
+        assert accuracy(model, batches, attack) == expected
+    assert len(told) == 1 and pretended.captures == 0
+
+
+def test_an_evaluation_takes_a_graphed_attack_as_it_is(pretended):
+    model, batches, graphed = small().eval(), pixels(5), GraphedAttack(PGD(steps=1))
+    for _ in range(2):  # the graph of the first serves the second
+        accuracy(model, batches, graphed)
+    assert pretended.captures == 1 and pretended.replays == 5 - WARM_UP + 5
+
+
+class NaNFrom(Small):
+    """Its gradients become NaN, its logits not, once `broken` holds 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("broken", torch.zeros(()))
+
+    def forward(self, x):
+        return super().forward(x) + (x.flatten(1).sum(1, keepdim=True) * 0 + 1 - self.broken).sqrt()
+
+
+def nan_from(device="cpu"):
+    torch.manual_seed(0)
+    return NaNFrom().to(device).eval()
+
+
+@pytest.mark.parametrize("batch", [0, 5])
+def test_gradients_that_are_nan_are_an_error_eagerly_and_counted_in_a_graph(pretended, batch):
+    model, attack = nan_from(), PGD(steps=2, count_nonfinite=True)
+    graphed = GraphedAttack(attack)
+    for index, (x, y) in enumerate(images(7, "cpu")):
+        model.broken.fill_(index == batch)
+        if index == batch == 0:
+            with pytest.raises(RtkError, match="is NaN or infinite in iteration 1 of 2"):
+                graphed(model, x, y)
+            return
+        graphed(model, x, y)
+    assert pretended.replays == 7 - WARM_UP
+    with pytest.raises(RtkError, match=r"attack: 2 gradients .* were NaN or infinite"):
+        attack.check_finite()
+    attack.check_finite()
+
+
+def test_gradients_that_are_nan_are_counted_in_a_step_that_is_replayed(pretended):
+    """The step itself is as it was: its loss is finite."""
+    model, attack = nan_from(), PGD(steps=2, count_nonfinite=True)
+    step = pretending_step(model, sgd(model, lr=0.0), attack)
+    for index, (x, y) in enumerate(images(7, "cpu")):
+        model.broken.fill_(index in (5, 6))
+        step(x, y)
+    assert step.captured and step.nonfinite == 0
+    with pytest.raises(RtkError, match="attack: 4 gradients"):
+        attack.check_finite()
+
+
 # On a GPU.
 
 
@@ -538,6 +681,73 @@ def test_an_attack_alone_is_replayed_with_eagers_starts():
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.equal(found[0][4], found[0][5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CAPTURED)
+def test_an_evaluation_by_replay_is_the_eager_one(name):
+    model, batches = small("cuda").eval(), pixels(8, "cuda")
+    attack = CAPTURED[name]()
+    attack(model, *next(batches.epoch(0)))
+    eager, theirs = measure(model, batches, attack, False)
+    found, ours = measure(model, batches, attack, True)
+    assert abs(found.top1 - eager.top1) <= 2 / found.images  # but for a choice rounded away
+    for x, other in zip(ours, theirs, strict=True):
+        assert ((x - other).abs() > 1e-4).float().mean() < 0.01
+    if hasattr(attack, "check_finite"):
+        attack.check_finite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EAGER)
+def test_an_evaluation_with_an_attack_that_looks_at_values(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = accuracy(small("cuda").eval(), pixels(5, "cuda"), EAGER[name]())
+    assert found.images == 5 * 8 + 3
+
+
+@pytest.mark.gpu
+def test_an_evaluation_of_a_model_that_branches_says_why_it_is_eager():
+    model, batches = branching().eval(), pixels(6, "cuda")
+    torch.manual_seed(3)
+    expected = accuracy(model, batches, PGD(steps=2), graph=False)
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="which is slower: it waits for the GPU") as told:
+        assert accuracy(model, batches, PGD(steps=2)) == expected
+    assert len([w for w in told if "without a CUDA graph" in str(w.message)]) == 1
+    with pytest.raises(RtkError, match="cannot be captured in a CUDA graph: it waits for the GPU"):
+        accuracy(model, batches, PGD(steps=2), graph=True)
+
+
+@pytest.mark.gpu
+def test_nan_gradients_are_counted_by_a_step_of_one_graph():
+    model, attack = nan_from("cuda"), PGD(steps=2, count_nonfinite=True)
+    step = make_step(model, sgd(model, lr=0.0, fused=True), attack, amp=None, graph=True)
+    for index, (x, y) in enumerate(images(7, "cuda")):
+        model.broken.fill_(float(index in (5, 6)))
+        step(x, y)
+    assert step.captured
+    with pytest.raises(RtkError, match="attack: 4 gradients"):
+        attack.check_finite()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attacked", [False, True])
+def test_where_the_optimiser_cannot_be_captured_the_attack_is(attacked):
+    losses, attack = [], PGD("l2", 0.3, 0.1, 2) if attacked else None
+    words = "capturable=True, or use SGD" + ("; only the attack has one" if attacked else "")
+    for graph in ("auto", False):
+        model = small("cuda")
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        told = contextlib.nullcontext() if not graph else pytest.warns(UserWarning, match=words)
+        with told:
+            step = make_step(model, optimizer, attack, amp=None, graph=graph)
+        torch.manual_seed(3)
+        losses.append(torch.stack([step(*batch) for batch in images(8, "cuda")]))
+        assert not step.captured
+        assert getattr(step._attack, "captured", False) == (attacked and graph == "auto")
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

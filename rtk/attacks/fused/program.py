@@ -16,7 +16,6 @@ from rtk.attacks.fused.trace import unwrap
 from rtk.errors import RtkError
 from rtk.ops.fold_weights import FoldPlan
 from rtk.ops.fused_conv2d import fused_conv2d
-from rtk.ops.positive_bits import pack_positive
 
 
 class FusedProgram:
@@ -94,8 +93,8 @@ class FusedProgram:
 
     def _forward(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor], dict[int, torch.Size], Saved]:
         """Return the last activation, and by value: gates, heights and widths; and the stem's."""
-        out, saved = self._stem.forward(x)
-        values, gates, sizes = {0: out}, {0: _gate(out)}, {0: out.shape[2:]}
+        out, gate, saved = self._stem.forward(x)
+        values, gates, sizes = {0: out}, {0: gate}, {0: out.shape[2:]}
         unread = list(self._consumers)
 
         def read(number: int) -> Tensor:
@@ -105,11 +104,11 @@ class FusedProgram:
         for step in self.structure.steps:
             source = read(step.source)
             residual = None if step.residual is None else read(step.residual)
-            out, gate = self._run(step, source, residual)
+            out, positive = self._run(step, source, residual)
             del source, residual
             values[step.out], sizes[step.out] = out, out.shape[2:]
-            if gate is not None:
-                gates[step.out] = gate
+            if positive is not None:
+                gates[step.out] = positive
         return out, gates, sizes, saved
 
     def _run(
@@ -149,8 +148,3 @@ class FusedProgram:
 
 def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _gate(activation: Tensor) -> Tensor:
-    """Return what is kept of an activation that no fused convolution made; see `_run`."""
-    return pack_positive(activation) if activation.shape[1] % 64 == 0 else activation

@@ -16,8 +16,9 @@ from rtk import ops
 from rtk.attacks.fused.layers import NotApplicable
 from rtk.attacks.fused.program import FusedProgram
 from rtk.attacks.fused.reader import recognise
-from rtk.attacks.fused.trace import has_hooks, unwrap
+from rtk.attacks.fused.trace import unwrap
 from rtk.attacks.fused.verify import Loss, Plain, verify
+from rtk.nn._trace import has_hooks
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 

@@ -14,6 +14,7 @@ from rtk.attacks.fused.layers import Layer
 from rtk.attacks.fused.structure import Scale, Structure
 from rtk.ops.fold_weights import FoldedLayer
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input
+from rtk.ops.positive_bits import pack_positive
 from rtk.ops.stem_conv2d import stem_conv2d, stem_conv2d_bwd_input
 
 # The images' shape, that before the max-pool (PlainStem), and where the maxima lay.
@@ -32,8 +33,8 @@ class _Stem:
         """Take weights that were folded anew."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
-        """Return the activation, (N, K, H, W), and what `backward` needs."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Saved]:
+        """Return the activation, (N, K, H, W), its gate (`gate_of`), and what `backward` needs."""
         raise NotImplementedError
 
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
@@ -52,10 +53,10 @@ class BFloat16Stem(_Stem):
         self._weight = folded.weight.float().contiguous()
         self._bias = folded.bias
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Saved]:
         if x.dtype not in (torch.float32, torch.bfloat16):
             x = x.float()
-        out, index = stem_conv2d(
+        out, index, positive = stem_conv2d(
             x,
             self._weight,
             self._bias,
@@ -64,8 +65,10 @@ class BFloat16Stem(_Stem):
             stride=self.layer.stride,
             padding=self.layer.padding,
             pool=self.pool,
+            save_positive=True,
         )
-        return out, (x.shape, out.shape, index)
+        gate = positive if has_bits(out) else out
+        return out, gate, (x.shape, out.shape, index)
 
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
         size, _, index = saved
@@ -89,7 +92,7 @@ class PlainStem(_Stem):
     def refold(self, folded: FoldedLayer) -> None:
         self._folded = folded
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Saved]:
         size = x.shape
         dtype = self._folded.weight.dtype
         x = ((x - _image(self.mean)) / _image(self.std)).to(dtype)
@@ -102,9 +105,10 @@ class PlainStem(_Stem):
             padding=self.layer.padding,
         )
         if not self.pool:
-            return out, (size, out.shape, out.new_empty(0))
+            return out, gate_of(out), (size, out.shape, out.new_empty(0))
         pooled, index = F.max_pool2d(out, 3, stride=2, padding=1, return_indices=True)
-        return pooled.contiguous(memory_format=torch.channels_last), (size, out.shape, index)
+        pooled = pooled.contiguous(memory_format=torch.channels_last)
+        return pooled, gate_of(pooled), (size, out.shape, index)
 
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
         size, before, index = saved
@@ -122,6 +126,16 @@ class PlainStem(_Stem):
         return dx.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
+
+
+def has_bits(activation: Tensor) -> bool:
+    """Whether an activation's bits can gate it: fused_conv2d takes those of 64 channels."""
+    return activation.shape[1] % 64 == 0
+
+
+def gate_of(activation: Tensor) -> Tensor:
+    """Return what is kept of an activation for the way back: where it is positive, or itself."""
+    return pack_positive(activation) if has_bits(activation) else activation
 
 
 def _image(scale: Tensor) -> Tensor:

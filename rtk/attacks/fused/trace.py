@@ -1,16 +1,15 @@
-"""The torch.fx trace of a network, which leaves the network as it was."""
+"""The trace that a fused program is read from, and the network inside its wrappers."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx, nn
 
 from rtk.attacks.fused.layers import NotApplicable
-from rtk.nn import BatchNormAct2d
-from rtk.nn._masked import MaskedLayer
+from rtk.nn import _trace
+from rtk.nn._trace import NotTraceable
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -30,26 +29,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def describe(node: fx.Node) -> str:
-    """Return a node's name for a reader: a module's path, or a function's name."""
-    if node.op == "output":
-        return "the result"
-    if node.op == "placeholder":
-        return "the images"
-    return getattr(node.target, "__name__", str(node.target))
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, MaskedLayer | BatchNormAct2d):
-            return True
-        # torchvision's looks at its argument's type, which a trace cannot.
-        transform = type(m).__module__.startswith("torchvision.transforms")
-        return (transform and type(m).__name__ == "Normalize") or super().is_leaf_module(
-            m, module_qualified_name
-        )
-
-
 @contextlib.contextmanager
 def trace(model: nn.Module) -> Iterator[fx.GraphModule]:
     """Trace a network in eval mode; the graph's modules are the network's own.
@@ -57,44 +36,9 @@ def trace(model: nn.Module) -> Iterator[fx.GraphModule]:
     Raises:
         NotApplicable: if it is not in eval mode, has hooks, or cannot be traced.
     """
-    reason = _why_not(model)
-    if reason is not None:
-        raise NotApplicable(reason)
-    attributes = set(vars(model))
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            traced = _traced(model)
-        except Exception as error:  # whatever the forward does with what is not a tensor
-            lines = str(error).strip().splitlines()
-            raise NotApplicable(
-                f"torch.fx cannot trace it: {lines[0] if lines else type(error).__name__}"
-            ) from error
+            traced = stack.enter_context(_trace.trace(model))
+        except NotTraceable as error:
+            raise NotApplicable(str(error)) from error
         yield traced
-    finally:
-        for name in set(vars(model)) - attributes:  # fx notes constants on what it traces
-            delattr(model, name)
-
-
-def _traced(model: nn.Module) -> fx.GraphModule:
-    tracer = _Tracer()
-    graph = tracer.trace(model)
-    return fx.GraphModule(tracer.root, graph)
-
-
-def _why_not(model: nn.Module) -> str | None:
-    for name, module in model.named_modules():
-        if module.training:
-            return f"{name or 'the model'} is in training mode"
-        if has_hooks(module):
-            return f"{name or 'the model'} has hooks, which it would not call"
-    return None
-
-
-def has_hooks(module: Any) -> bool:
-    """Return whether code of others runs with a module's forward or backward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
