@@ -91,7 +91,8 @@ def _reference(x: Tensor) -> tuple[Tensor, Tensor]:
     out, place = _empty(x)
     if x.shape[0] == 0:
         return out, place
-    pooled, flat = F.max_pool2d(x, _WINDOW, _STRIDE, _PADDING, return_indices=True)
+    # Contiguous: in channels_last PyTorch's CUDA kernel has no place for a window of -inf.
+    pooled, flat = F.max_pool2d(x.contiguous(), _WINDOW, _STRIDE, _PADDING, return_indices=True)
     rows, columns = (
         _STRIDE * torch.arange(size, device=x.device) - _PADDING for size in out.shape[2:]
     )

@@ -23,15 +23,16 @@ def images(shape, device, dtype=torch.float32):
 
 
 def check(x):
-    mine, theirs = (x.clone().requires_grad_() for _ in "ab")
+    """Compare with PyTorch on the CPU: its CUDA kernel loses the place in a window of -inf."""
+    mine, theirs = x.clone().requires_grad_(), x.detach().cpu().requires_grad_()
     out = max_pool2d(mine)
     wanted = F.max_pool2d(theirs, 3, 2, 1)
-    torch.testing.assert_close(out, wanted, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(out.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
     assert out.is_contiguous(memory_format=LAST)
-    grad = torch.randint(-4, 5, out.shape, device=x.device).to(x.dtype)  # sums are exact
-    out.backward(grad)
+    grad = torch.randint(-4, 5, out.shape).to(x.dtype)  # sums are exact
+    out.backward(grad.to(x.device))
     wanted.backward(grad)
-    torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
+    torch.testing.assert_close(mine.grad.cpu(), theirs.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
