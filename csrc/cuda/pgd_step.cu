@@ -300,21 +300,16 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto kept = [&](int at) { return Pixels{kept_adv[at], kept_grad[at], kept_x[at]}; };
 
   Pixels held[kUnits];
-  const auto hold = [&](int image, int at) {
-    const int64_t offset = static_cast<int64_t>(image) * units + (first + at);
-    const int has = image < n ? count - at : 0;
-    const As* x_adv = static_cast<const As*>(p.x_adv) + offset;
-    const Gs* grad = static_cast<const Gs*>(p.grad) + offset;
-    const Xs* x = static_cast<const Xs*>(p.x) + offset;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      const int i = u * stride;
-      if (i < has) held[u] = {load_once(x_adv + i), load_once(grad + i), load_once(x + i)};
-    }
+  const auto hold = [&](int u, int image, int at) {
+    if (image >= n || at + u * stride >= count) return;
+    const int64_t i = static_cast<int64_t>(image) * units + (first + at + u * stride);
+    held[u] = {load_once(static_cast<const As*>(p.x_adv) + i), load_once(static_cast<const Gs*>(p.grad) + i),
+               load_once(static_cast<const Xs*>(p.x) + i)};
   };
 
   open(meetings);
-  hold(cluster, 0);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) hold(u, cluster, 0);
   wait_for_all_open();
 
   float products[3] = {};
@@ -332,28 +327,22 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     As* const out = static_cast<As*>(p.out) + (static_cast<int64_t>(going) * units + first);
     for (int at = 0; at < end; at += group) {
-      const int has = count - at;
-      if (going >= 0) {
+      const bool last = at + group >= end;
+      const int next_image = last ? coming + clusters : coming, next_at = last ? 0 : at + group;
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const int i = u * stride;
-          if (i < has) out[at + i] = updated(kept(at + i), update, p.clip_min, p.clip_max);
-        }
-      }
-      if (coming < n) {
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-          const int i = u * stride;
-          if (i < has) {
-            kept_adv[at + i] = held[u].x_adv;
-            kept_grad[at + i] = held[u].grad;
-            kept_x[at + i] = held[u].x;
+      for (int u = 0; u < kUnits; ++u) {
+        const int i = at + u * stride;
+        if (i < count) {
+          if (going >= 0) out[i] = updated(kept(i), update, p.clip_min, p.clip_max);
+          if (coming < n) {
+            kept_adv[i] = held[u].x_adv;
+            kept_grad[i] = held[u].grad;
+            kept_x[i] = held[u].x;
             add_products(held[u], products);
           }
         }
+        hold(u, next_image, next_at);  // at once: the other units are still on their way
       }
-      const bool last = at + group >= end;
-      hold(last ? coming + clusters : coming, last ? 0 : at + group);
     }
     if (coming >= n) return;
   }
