@@ -131,7 +131,7 @@ def topk_mask_cuda(
     stream: int,
     /,
 ) -> None:
-    """Exactly k ones a tensor, or one k over all, queued on a raw stream; csrc/rtk.h, `TopkMasks`."""
+    """Exactly k ones a tensor, or one k over all, queued on a raw stream; `TopkMasks` of rtk.h."""
 
 def prepare_weight_cpu(
     w_ptr: int,
