@@ -252,7 +252,7 @@ def test_what_else_follows_a_call_makes_it_no_plain_one():
     with FakeTensorMode() as mode:
         look(mode.from_tensor(x))
     torch.fx.experimental.proxy_tensor.make_fx(look)(x)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns((DeprecationWarning, FutureWarning)):  # the latter from torch 2.14 on
         torch.jit.trace(look, x, check_trace=False)
     assert seen and not any(seen)
 
@@ -359,7 +359,7 @@ def test_the_triton_kernels_move_16_bytes_a_thread(
     # With 80 three programs of 256 threads share a multiprocessor. Triton 3.8 keeps more of a tile
     # alive in the reductions, so that one or two do.
     newer = Version(triton.__version__) >= Version("3.7")
-    most = {"batch_norm_sums": 200, "batch_norm_bwd_sums": 120} if newer else {}
+    most = {"batch_norm_sums": 200, "batch_norm_bwd_sums": 128} if newer else {}
     assert built.resources["REG"] <= most.get(kernel, 80)
 
 
