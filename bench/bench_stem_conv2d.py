@@ -97,7 +97,8 @@ def bench_stem_conv2d_bwd_input(stem, peer, measure, benchmark):
     if peer == "rtk":
         result = measure(ours, bytes=image + activations, flops=flops, device="cuda")
     else:
-        loss = _peer(peer)(*ready, **geometry)
+        with torch._functorch.config.patch(donated_buffer=False):  # its backward runs many times
+            loss = _peer(peer)(*ready, **geometry)
 
         def theirs() -> Tensor:
             return torch.autograd.grad(loss, ready[0], grad, retain_graph=True)[0]
