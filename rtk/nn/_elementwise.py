@@ -157,7 +157,7 @@ def _is_batch_size(value: Any) -> bool:
         return False
     if value.target is operator.getitem and isinstance(value.args[0], fx.Node):
         index: Any = value.args[1]
-        return index == 0 and _is_shape(value.args[0])
+        return bool(index == 0) and _is_shape(value.args[0])
     return value.target == "size" and value.args[1:] == (0,)
 
 
