@@ -163,7 +163,7 @@ def _is_batch_size(value: Any) -> bool:
 
 def _is_shape(node: fx.Node) -> bool:
     if node.target is getattr:
-        return node.args[1] == "shape"
+        return bool(node.args[1] == "shape")
     return node.target == "size" and len(node.args) == 1 and not node.kwargs
 
 
