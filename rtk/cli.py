@@ -74,7 +74,10 @@ def _plain(message: str) -> str:
         key, expected, got = wrong.groups()
         classes = re.findall(r"<class '(\w+)'>", expected.split("Given value type")[0])
         names = dict.fromkeys(_TYPES.get(name, name) for name in classes)
-        return f"{key}: expected {' or '.join(names)}, got {got!r}"
+        # YAML reads a bare 2:4 as 124, in base 60.
+        quotes = "; text that reads as a number goes in quotes, as '2:4'"
+        wanted = " or ".join(names)
+        return f"{key}: expected {wanted}, got {got!r}{quotes if wanted == 'text' else ''}"
     group = re.match(r'Parser key "(\w+)": Unable to load config [\'"]?([^\'"]*)', message)
     if group:
         return f"--{group[1]}: {group[2]!r} is no YAML file; single values are --{group[1]}.NAME"

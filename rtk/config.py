@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rtk.errors import RtkError, check_choice
+from rtk.granularity import Granularity
 
-GRANULARITIES = ("element", "row", "kernel", "channel")
 SCOPES = ("global", "layer")
 NORMS = ("linf", "l2")
 TRANSFER_MODES = ("finetune", "linear_bn_update", "linear_frozen")
@@ -21,11 +21,26 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
         raise RtkError(f"{name}: expected {expected}, got {got!r}")
 
 
-def check_sparsity(sparsity: float) -> float:
-    """Return `sparsity` if it lies in [0, 1), else raise an RtkError."""
+def check_sparsity(sparsity: float | None, granularity: str = "element") -> float:
+    """Return `sparsity` if it lies in [0, 1), else raise an RtkError.
+
+    N:M fixes it at 1 - N / M, which is returned where `sparsity` is None or that, to a thousandth.
+    """
+    fixed = Granularity.parse(granularity).sparsity
+    if fixed is not None:
+        if sparsity is not None and not abs(sparsity - fixed) < 1e-3:
+            raise RtkError(
+                f"sparsity: expected {fixed:.4g}, which is what {granularity} means, got "
+                f"{sparsity!r}; leave it out, or take another granularity to choose it"
+            )
+        return fixed
     _require(
-        0 <= sparsity < 1, "sparsity", "a fraction of zeros in [0, 1), e.g. 0.8 for 80 %", sparsity
+        sparsity is not None and 0 <= sparsity < 1,
+        "sparsity",
+        "a fraction of zeros in [0, 1), e.g. 0.8 for 80 %",
+        sparsity,
     )
+    assert sparsity is not None
     return sparsity
 
 
@@ -301,23 +316,28 @@ class DrawConfig(StageConfig):
     Args:
         checkpoint: the pretrained network: a run's folder or its checkpoint.safetensors.
         scheme: omp (one-shot magnitude pruning).
-        sparsity: fraction of the prunable weights that become zero, in [0, 1).
-        granularity: element, row, kernel or channel.
+        sparsity: fraction of the prunable weights that become zero, in [0, 1); null is 0.8, or
+            what N:M means.
+        granularity: element, row, kernel, channel, block-64 (or block-KxC: tiles of output and
+            input channels) or 2:4 (or another N:M); docs/pruning.md tells them apart.
         scope: global (one ranking over all layers) or layer (the same sparsity in each).
         include_first: prune the first convolution too.
     """
 
     checkpoint: str = ""
     scheme: str = "omp"
-    sparsity: float = 0.8
+    sparsity: float | None = None
     granularity: str = "element"
     scope: str = "global"
     include_first: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_sparsity(self.sparsity)
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        granularity = Granularity.parse(self.granularity)
+        asked = 0.8 if self.sparsity is None and granularity.sparsity is None else self.sparsity
+        # Stored as what they stand for: "block" and "block-64" are one run, as null and 0.8 are.
+        object.__setattr__(self, "sparsity", check_sparsity(asked, granularity.name))
+        object.__setattr__(self, "granularity", granularity.name)
         check_choice("scope", self.scope, SCOPES)
 
 

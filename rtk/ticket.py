@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rtk import artifact
 from rtk.errors import RtkError
+from rtk.granularity import Granularity, recognise
 from rtk.nn import mask_model
 from rtk.nn._masked import MaskedLayer
 
@@ -26,13 +27,14 @@ class Ticket:
 
     Args:
         masks: layer name -> bool mask, True where the weight is kept; each mask has the weight's
-            number of dimensions and broadcasts to it, so its shape tells the granularity.
+            number of dimensions and broadcasts to it.
         shapes: layer name -> shape of the weight (by default the masks' own).
         meta: what JSON can hold: scheme, requested sparsity, granularity, scope, model (arch,
             stem, width, mean, std), source checkpoint's SHA-256, the full recipe, rtk's version.
 
     Raises:
-        RtkError: for a mask that is not bool, or that does not broadcast to its weight's shape.
+        RtkError: for a mask that is not bool, that does not broadcast to its weight's shape, or
+            that has not the structure of the granularity which `meta` claims.
     """
 
     masks: dict[str, Tensor]
@@ -53,22 +55,29 @@ class Ticket:
                     f"ticket: the mask of {name!r} must broadcast to {shapes[name]}, "
                     f"got {tuple(mask.shape)}"
                 )
+        self._check_granularity()
+
+    def _check_granularity(self) -> None:
+        if "granularity" not in self.meta:
+            return
+        claimed = Granularity.parse(self.meta["granularity"])
+        for name, mask in self.masks.items():
+            if mask.dim() == 4 and not claimed.holds(mask, self.shapes[name]):
+                raise RtkError(
+                    f"ticket: its meta says granularity {claimed.name}, which the mask of {name!r} "
+                    f"has not; leave the key out, and the ticket reads it off the masks"
+                )
 
     @property
     def granularity(self) -> str:
-        """element, row, kernel or channel: as drawn, else the coarsest that the masks allow."""
+        """element, row, kernel, channel, block-64, 2:4, ...: as `rtk.granularity` reads names.
+
+        What the ticket was drawn at; else the coarsest that the masks of its convolutions allow.
+        """
         if "granularity" in self.meta:
-            return self.meta["granularity"]
-        masks = [m for n, m in self.masks.items() if len(self.shapes[n]) == 4]
-        if masks and all(m.shape[1:] == (1, 1, 1) for m in masks):
-            return "channel"
-        # Of a 1x1 filter all of row, kernel and element are the same: larger filters decide.
-        wide = [m for n, m in self.masks.items() if self.shapes[n][-1] > 1 and m.dim() == 4]
-        if wide and all(m.shape[2:] == (1, 1) for m in wide):
-            return "kernel"
-        if wide and all(m.shape[3] == 1 for m in wide):
-            return "row"
-        return "element"
+            return Granularity.parse(self.meta["granularity"]).name
+        masks = {n: m for n, m in self.masks.items() if m.dim() == 4}
+        return recognise([*masks.values()], [self.shapes[n] for n in masks]).name
 
     @property
     def sparsity(self) -> float:
@@ -87,6 +96,7 @@ class Ticket:
 
     def save(self, path: str | Path) -> str:
         """Write the ticket atomically as safetensors and return its SHA-256."""
+        self._check_granularity()  # masks may have been changed in place
         tensors = {name: _pack(mask) for name, mask in self.masks.items()}
         layout = [  # a list, because JSON's objects come back sorted and layers have an order
             {"layer": name, "mask": list(mask.shape), "weight": list(self.shapes[name])}

@@ -30,7 +30,7 @@ from rtk.config import (
     TransferConfig,
 )
 from rtk.errors import Interrupted, RtkError
-from rtk.identity import from_dict
+from rtk.identity import from_dict, to_dict
 from rtk.recipes import Recipe
 from rtk.train import CHECKPOINT, Checkpoint, save_checkpoint
 
@@ -83,6 +83,7 @@ def site(tmp_path_factory, one_cpu_thread):
         Path("wrong-type.yaml").write_text("train:\n  epochs: ten\n")
         Path("null.yaml").write_text("train: null\n")
         Path("broken.yaml").write_text("train: [\n")
+        Path("base60.yaml").write_text("granularity: 2:4\n")
         np.savez("grey.npz", **grey())
     return site
 
@@ -146,6 +147,18 @@ BAD = {
     "unknown_granularity": (
         "draw --out o --checkpoint net --granularity kernels",
         ["unknown granularity 'kernels'", "element, row, kernel, channel", "mean 'kernel'?"],
+    ),
+    "misspelt_block": (
+        "draw --out o --checkpoint net --granularity blocks-64",
+        ["unknown granularity 'blocks-64'", "block-KxC", "2:4", "did you mean 'block-64'?"],
+    ),
+    "sparsity_beside_n_of_m": (
+        "draw --out o --checkpoint net --granularity 2:4 --sparsity 0.9",
+        ["sparsity: expected 0.5, which is what 2:4 means, got 0.9", "leave it out"],
+    ),
+    "n_of_m_without_quotes": (
+        "draw --out o --checkpoint net --config base60.yaml",
+        ["granularity: expected text, got '124'", "goes in quotes, as '2:4'"],
     ),
     "unknown_mode": (
         "transfer --out o --checkpoint net --mode finetun",
@@ -433,6 +446,16 @@ def test_a_printed_configuration_is_read_back(stage, options, capsys, tmp_path):
         assert config == STAGES[stage]()
     else:
         assert config != STAGES[stage]()
+
+
+@pytest.mark.parametrize("granularity", ["block", "block-16x32", "2:4"])
+def test_a_granularity_survives_the_command_line_and_a_file(granularity, capsys, tmp_path):
+    text = printed_config(["draw", "--granularity", granularity], capsys)
+    (tmp_path / "c.yaml").write_text(text)
+    assert printed_config(["draw", "--config", str(tmp_path / "c.yaml")], capsys) == text
+    assert yaml.safe_load(text)["granularity"] == granularity
+    stored = yaml.safe_load(yaml.safe_dump(to_dict(DrawConfig(granularity=granularity))))
+    assert from_dict(DrawConfig, stored) == DrawConfig(granularity=granularity)
 
 
 def test_options_overlay_the_stages_own_defaults(capsys):

@@ -63,6 +63,8 @@ PRETRAIN = PretrainConfig(
         (DrawConfig, {"sparsity": 1.0}, r"sparsity: expected .* in \[0, 1\).*got 1\.0"),
         (DrawConfig, {"sparsity": -0.1}, r"sparsity: expected .* in \[0, 1\).*got -0\.1"),
         (DrawConfig, {"granularity": "rows"}, "unknown granularity 'rows'.*did you mean 'row'"),
+        (DrawConfig, {"granularity": "block-0"}, "'block-0': expected a tile of at least 1 x 1"),
+        (DrawConfig, {"granularity": "2:4", "sparsity": 0.8}, r"expected 0\.5, which is what 2:4"),
         (DrawConfig, {"scope": "local"}, "unknown scope 'local': expected one of global, layer"),
         (
             TransferConfig,
@@ -82,6 +84,37 @@ def test_a_value_out_of_range_is_refused(config, values, message):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.999])
 def test_a_sparsity_in_range_is_given_back(sparsity):
     assert check_sparsity(sparsity) == sparsity
+
+
+@pytest.mark.parametrize("granularity", ["element", "block-64"])
+def test_only_n_of_m_implies_a_sparsity(granularity):
+    with pytest.raises(RtkError, match=r"sparsity: expected a fraction .* got None"):
+        check_sparsity(None, granularity)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "asked", "sparsity"),
+    [("2:4", None, 0.5), ("2:4", 0.5, 0.5), ("1:4", 0.75, 0.75), ("1:3", 0.667, 2 / 3)],
+)
+def test_n_of_m_fixes_the_sparsity(granularity, asked, sparsity):
+    assert check_sparsity(asked, granularity) == pytest.approx(sparsity, abs=1e-12)
+    assert DrawConfig(granularity=granularity, sparsity=asked).sparsity == pytest.approx(sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.4, 0.8, 0.0, NAN])
+def test_another_sparsity_than_n_of_ms_is_refused(sparsity):
+    with pytest.raises(
+        RtkError, match=r"expected 0\.5, which is what 2:4 means, got .*leave it out"
+    ):
+        check_sparsity(sparsity, "2:4")
+
+
+def test_settings_that_mean_the_same_are_the_same_run():
+    block = DrawConfig(granularity="block-64")
+    assert block == DrawConfig(granularity="block", sparsity=0.8)
+    assert config_hash(DrawConfig(granularity="block-64x64")) == config_hash(block)
+    assert DrawConfig() == DrawConfig(sparsity=0.8)
+    assert to_dict(DrawConfig(granularity="2:4"))["sparsity"] == 0.5
 
 
 @pytest.mark.parametrize("stage", STAGES)

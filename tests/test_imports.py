@@ -13,7 +13,17 @@ ROOT = Path(rtk.__file__).parent
 
 # The road, top to bottom. A file may import its own part and those below it. The leaves may be
 # imported by all and import only leaves (rtk.identity reads rtk.config and rtk.runs).
-LEAVES = {"_version", "errors", "registry", "runs", "config", "identity", "artifact", "cuda_graph"}
+LEAVES = {
+    "_version",
+    "errors",
+    "registry",
+    "runs",
+    "granularity",
+    "config",
+    "identity",
+    "artifact",
+    "cuda_graph",
+}
 STAGES = {"pretrain", "draw", "transfer", "evaluate", "report"}
 ALLOWED = {
     "__main__": {"cli"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+import rtk
 from rtk import Ticket, artifact
 from rtk.errors import RtkError
 from rtk.models import ModelSpec, create
@@ -88,6 +90,84 @@ def test_granularity_is_read_off_the_masks(masks, shapes, granularity):
     assert ticket.granularity == granularity
     drawn = Ticket(ticket.masks, ticket.shapes, {"granularity": "row"})
     assert drawn.granularity == "row", "what was drawn is known better"
+
+
+def full(granularity: str) -> Ticket:
+    """Draw from a small network at a granularity whose masks have the weights' shape."""
+    torch.manual_seed(0)
+    return rtk.draw.omp(network(), None if granularity == "2:4" else 0.6, granularity)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(4)
+    sizes = [(3, 32, 3), (32, 48, 3), (48, 64, 1), (64, 40, (3, 1))]
+    return nn.Sequential(*(nn.Conv2d(c, k, size) for c, k, size in sizes))
+
+
+@pytest.mark.parametrize("granularity", ["block-8", "block-4x16", "block-16", "2:4"])
+def test_what_the_shapes_do_not_tell_survives_every_round_trip(granularity, tmp_path):
+    ticket = full(granularity)
+    assert ticket.granularity == granularity
+    ticket.save(tmp_path / "ticket")
+    loaded = Ticket.load(tmp_path / "ticket")
+    assert_same(loaded, ticket)
+    assert loaded.meta["granularity"] == granularity
+
+    model = loaded.apply(network())
+    assert_same(Ticket.from_model(model), ticket)
+
+    pruned = network()
+    for name, mask in ticket.masks.items():
+        prune.custom_from_mask(pruned.get_submodule(name), "weight", mask)
+    assert_same(Ticket.from_torch_prune(pruned), ticket)
+
+
+def test_another_name_of_a_granularity_is_made_the_one(tmp_path):
+    ticket = full("block-8")
+    named = Ticket(ticket.masks, ticket.shapes, {"granularity": "block-8x8"})
+    assert named.granularity == "block-8"
+    named.save(tmp_path / "ticket")
+    assert Ticket.load(tmp_path / "ticket").meta["granularity"] == "block-8"
+
+
+@pytest.mark.parametrize("granularity", ["row", "kernel", "channel", "block-64", "block-8", "2:4"])
+def test_a_false_claim_of_a_granularity_is_refused(granularity):
+    torch.manual_seed(0)
+    masks = {"a": torch.ones(24, 16, 3, 3) > 0, "b": torch.rand(24, 16, 3, 3) < 0.7}
+    with pytest.raises(RtkError, match=f"says granularity {granularity}, .*mask of 'b' has not"):
+        Ticket(masks, meta={"granularity": granularity})
+
+
+def test_a_false_claim_in_a_file_is_refused(tmp_path, monkeypatch):
+    ticket = full("block-8")
+    ticket.masks["1"][0, 0, 0, 0] ^= True
+    with pytest.raises(RtkError, match="says granularity block-8, which the mask of '1' has not"):
+        ticket.save(tmp_path / "ticket")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "_check_granularity", lambda self: None)
+        ticket.save(tmp_path / "ticket")
+    with pytest.raises(RtkError, match="says granularity block-8, which the mask of '1' has not"):
+        Ticket.load(tmp_path / "ticket")
+
+
+def test_an_unknown_granularity_in_meta_is_refused():
+    with pytest.raises(RtkError, match=r"unknown granularity 'blok-64'.*did you mean 'block-64'"):
+        Ticket({"a": torch.rand(5, 3, 3, 3) < 0.5}, meta={"granularity": "blok-64"})
+
+
+def test_what_is_read_off_the_masks_is_never_refused_as_a_claim(tmp_path):
+    """Filters of several shapes, masks of several."""
+    sizes = [(3, 3), (5, 1), (1, 5), (1, 1)]
+    for shared in itertools.product(range(4), repeat=len(sizes)):
+        masks, shapes = {}, {}
+        for i, (size, dims) in enumerate(zip(sizes, shared, strict=True)):
+            shape = (6, 4, *size)
+            mask = torch.rand(shape[: 4 - dims]) < 0.5
+            masks[str(i)] = mask.reshape(*mask.shape, *[1] * dims)
+            shapes[str(i)] = shape
+        ticket = Ticket(masks, shapes)
+        ticket.save(tmp_path / "ticket")
+        assert_same(Ticket.load(tmp_path / "ticket"), ticket)
 
 
 def test_sparsity_counts_weights_and_not_mask_elements():

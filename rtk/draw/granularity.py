@@ -1,39 +1,80 @@
-"""Granularity as data: the shape of a mask over a weight (K, C, R, S), and a group's score."""
+"""The groups of weights (K, C, R, S) that are pruned together: scores, sizes and their masks."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtk.config import GRANULARITIES
-from rtk.errors import RtkError, check_choice
-
-_SHARED_DIMS = {"element": 0, "row": 1, "kernel": 2, "channel": 3}
-assert tuple(_SHARED_DIMS) == GRANULARITIES
+from rtk.errors import RtkError
+from rtk.granularity import Granularity
 
 
 def mask_shape(weight: Tensor, granularity: str) -> torch.Size:
     """Return the broadcast shape of a mask over `weight`.
 
-    element (K, C, R, S), row (K, C, R, 1), kernel (K, C, 1, 1), channel (K, 1, 1, 1).
+    element, block and N:M (K, C, R, S), row (K, C, R, 1), kernel (K, C, 1, 1), channel
+    (K, 1, 1, 1).
     """
-    shared = _SHARED_DIMS[check_choice("granularity", granularity, GRANULARITIES)]
+    shared = Granularity.parse(granularity).shared
     kept = weight.dim() - shared
     return torch.Size([*weight.shape[:kept], *[1] * shared])
 
 
 def group_scores(weight: Tensor, granularity: str) -> Tensor:
-    """Return the mean absolute weight of each group, in the mask's shape.
+    """Return the mean absolute weight of each group.
 
-    The mean, not the sum, so that layers with small groups are not favoured (RST).
+    The mean, not the sum, so that layers with small groups are not favoured (RST), nor the smaller
+    tiles at the edge of a block granularity.
+
+    Returns:
+        one score a group, in the mask's shape; for k x c blocks (ceil(K / k), ceil(C / c), R, S).
+        N:M prunes single weights: |w|.
     """
+    kind = Granularity.parse(granularity)
     scores = weight.detach().abs()
-    shared = _SHARED_DIMS[check_choice("granularity", granularity, GRANULARITIES)]
-    return (
-        scores.mean(tuple(range(weight.dim() - shared, weight.dim())), keepdim=True)
-        if shared
-        else scores
-    )
+    if kind.tile:
+        k, c = _within(kind.tile, weight)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # fp16 sums overflow
+        padded = F.pad(scores, (0, 0, 0, 0, 0, -weight.shape[1] % c, 0, -weight.shape[0] % k))
+        sums = padded.unflatten(1, (-1, c)).unflatten(0, (-1, k)).sum((1, 3))
+        return sums / group_sizes(weight, granularity).to(sums.device)
+    dims = tuple(range(weight.dim() - kind.shared, weight.dim()))
+    return scores.mean(dims, keepdim=True) if dims else scores
+
+
+def group_sizes(weight: Tensor, granularity: str) -> Tensor:
+    """Return how many weights each group has: int64 on the CPU, broadcasts to the scores."""
+    kind = Granularity.parse(granularity)
+    if kind.tile:
+        k, c = (
+            torch.tensor([min(size, length - at) for at in range(0, length, size)])
+            for size, length in zip(_within(kind.tile, weight), weight.shape[:2], strict=True)
+        )
+        return (k[:, None] * c)[..., None, None]
+    one = (1,) * weight.dim()
+    return torch.full(one, weight.numel() // max(1, mask_shape(weight, granularity).numel()))
+
+
+def expand_groups(groups: Tensor, weight: Tensor, granularity: str) -> Tensor:
+    """Return the mask over `weight` out of one value a group, as `group_scores` orders them."""
+    kind = Granularity.parse(granularity)
+    if not kind.tile:
+        return groups
+    k, c = _within(kind.tile, weight)
+    wide = groups.repeat_interleave(k, 0).repeat_interleave(c, 1)
+    return wide[: weight.shape[0], : weight.shape[1]].contiguous()
+
+
+def n_of_m_mask(weight: Tensor, n: int, m: int) -> Tensor:
+    """Return the bool mask that keeps the `n` largest |w| of every `m` consecutive input channels.
+
+    Of equals the one with the smaller index stays. The number of channels is a multiple of m.
+    """
+    groups = weight.detach().abs().unflatten(1, (-1, m))
+    best = groups.argsort(dim=2, descending=True, stable=True).narrow(2, 0, n)
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=weight.device)
+    return mask.scatter_(2, best, True).flatten(1, 2)
 
 
 def prunable_layers(model: nn.Module, include_first: bool = False) -> dict[str, nn.Conv2d]:
@@ -60,3 +101,8 @@ def prunable_layers(model: nn.Module, include_first: bool = False) -> dict[str, 
             "include_first is set)"
         )
     return layers
+
+
+def _within(tile: tuple[int, int], weight: Tensor) -> tuple[int, int]:
+    """Return the tile cut to the weight, which it may exceed by far."""
+    return min(tile[0], weight.shape[0]), min(tile[1], weight.shape[1])

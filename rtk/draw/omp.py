@@ -11,15 +11,22 @@ from torch import Tensor, nn
 
 from rtk import ops
 from rtk.config import SCOPES, check_sparsity
-from rtk.draw.granularity import group_scores, prunable_layers
+from rtk.draw.granularity import (
+    expand_groups,
+    group_scores,
+    group_sizes,
+    n_of_m_mask,
+    prunable_layers,
+)
 from rtk.errors import RtkError, check_choice
+from rtk.granularity import Granularity
 from rtk.ops.topk_mask import descending_order
 from rtk.ticket import Ticket
 
 
 def omp(
     model: nn.Module,
-    sparsity: float,
+    sparsity: float | None = None,
     granularity: str = "element",
     scope: str = "global",
     include_first: bool = False,
@@ -28,19 +35,25 @@ def omp(
 
     By element exactly round(sparsity * n) weights are pruned; by group as few groups as reach
     that number. Among equals the one with the larger flat index goes first, everywhere the same.
+    N:M keeps exactly N of every M input channels; layers that are grouped, or whose input channels
+    do not divide by M, stay dense.
 
     Args:
         model: the pretrained network; it is not changed.
-        sparsity: fraction of the prunable weights that become zero, in [0, 1).
-        granularity: element, row, kernel or channel.
+        sparsity: fraction of the prunable weights that become zero, in [0, 1). N:M fixes it at
+            1 - N / M, and it may be left out.
+        granularity: element, row, kernel, channel, block-64 (or block-KxC: tiles of K output and C
+            input channels at each filter tap) or 2:4 (or another N:M).
         scope: "global", one ranking over all prunable layers, or "layer", the same sparsity in
-            each.
+            each. N:M is the same with both.
         include_first: prune the first convolution too.
 
     Raises:
-        RtkError: for settings out of range, no prunable layer, or weights that are not finite.
+        RtkError: for settings out of range, no prunable layer (with N:M: none that divides by M),
+            or weights that are not finite.
     """
-    check_sparsity(sparsity)
+    kind = Granularity.parse(granularity)
+    sparsity = check_sparsity(sparsity, granularity)
     check_choice("scope", scope, SCOPES)
     layers = prunable_layers(model, include_first)
     for name, layer in layers.items():
@@ -49,35 +62,67 @@ def omp(
                 f"omp: the weight of {name!r} holds NaN or infinity; "
                 "the checkpoint is of a training that diverged"
             )
-    scores = [group_scores(layer.weight, granularity) for layer in layers.values()]
-    sizes = [
-        layer.weight.numel() // s.numel() for layer, s in zip(layers.values(), scores, strict=True)
-    ]
-    if scope == "global":
-        kept = _groups_kept(scores, sizes, sparsity)
-        masks = ops.topk_mask_global(scores, kept)
-    else:
-        each = [_groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
-        masks = ops.topk_mask(scores, each)
+    draw = _n_of_m_masks if kind.n_of_m else _ranked_masks
+    masks = draw(list(layers.values()), sparsity, kind, scope)
     return Ticket(
-        dict(zip(layers, (mask.cpu() for mask in masks), strict=True)),
+        dict(zip(layers, masks, strict=True)),
         {name: tuple(layer.weight.shape) for name, layer in layers.items()},
-        _meta(model, sparsity, granularity, scope, include_first),
+        _meta(model, sparsity, kind.name, scope, include_first),
     )
 
 
-def _groups_kept(scores: Sequence[Tensor], sizes: Sequence[int], sparsity: float) -> int:
+def _ranked_masks(
+    layers: Sequence[nn.Conv2d], sparsity: float, kind: Granularity, scope: str
+) -> list[Tensor]:
+    weights = [layer.weight for layer in layers]
+    scores = [group_scores(weight, kind.name) for weight in weights]
+    sizes = [group_sizes(weight, kind.name) for weight in weights]
+    if scope == "global":
+        kept = _groups_kept(scores, sizes, sparsity)
+        groups = ops.topk_mask_global(scores, kept)
+    else:
+        each = [_groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
+        groups = ops.topk_mask(scores, each)
+    return [expand_groups(g.cpu(), w, kind.name) for g, w in zip(groups, weights, strict=True)]
+
+
+def _n_of_m_masks(
+    layers: Sequence[nn.Conv2d], sparsity: float, kind: Granularity, scope: str
+) -> list[Tensor]:
+    """The sparsity and the scope have no say: every layer that can be is pruned alike."""
+    assert kind.n_of_m
+    n, m = kind.n_of_m
+    fits = [layer.groups == 1 and layer.weight.shape[1] % m == 0 for layer in layers]
+    if not any(fits):
+        raise RtkError(
+            f"omp: {kind.name} needs a convolution without groups whose input channels are a "
+            f"multiple of {m}, the model has none to prune; take another granularity, e.g. element"
+        )
+    return [
+        n_of_m_mask(layer.weight, n, m).cpu()
+        if fit
+        else torch.ones(layer.weight.shape, dtype=torch.bool)
+        for layer, fit in zip(layers, fits, strict=True)
+    ]
+
+
+def _groups_kept(scores: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: float) -> int:
     """Return how many groups stay, so that the pruned weights just reach the asked number."""
     groups = sum(s.numel() for s in scores)
-    weights = sum(s.numel() * size for s, size in zip(scores, sizes, strict=True))
+    weights = sum(
+        int(size.sum()) * (s.numel() // size.numel()) for s, size in zip(scores, sizes, strict=True)
+    )
     target = round(sparsity * weights)
     if target == 0:
         return groups
-    if len(set(sizes)) == 1:
-        return groups - -(-target // sizes[0])
+    distinct = torch.cat([size.reshape(-1) for size in sizes]).unique().tolist()
+    if len(distinct) == 1:
+        return groups - -(-target // distinct[0])
     # Groups of several sizes: walk up the ranking until enough weights are gone.
     flat = torch.cat([s.reshape(-1) for s in scores])
-    size_of = torch.cat([torch.full((s.numel(),), n) for s, n in zip(scores, sizes, strict=True)])
+    size_of = torch.cat(
+        [size.expand(s.shape).reshape(-1) for s, size in zip(scores, sizes, strict=True)]
+    )
     worst_first = descending_order(flat).flip(0).cpu()
     pruned_weights = size_of[worst_first].cumsum(0)
     return groups - 1 - int(torch.searchsorted(pruned_weights, target))

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rtk.config import GRANULARITIES, TRANSFER_MODES
+from rtk.config import TRANSFER_MODES
 from rtk.errors import RtkError
+from rtk.granularity import sort_key
 from rtk.runs import read_json
 
 SCHEMES = ("dense", "omp", "imp", "a-imp", "lmp")
@@ -141,7 +142,7 @@ def _order(result: Result) -> tuple[Any, ...]:
     return (
         result.task,
         rank(result.transfer, TRANSFER_MODES),
-        rank(result.granularity, GRANULARITIES),
+        sort_key(result.granularity),
         rank(result.scheme, SCHEMES),
         result.sparsity,
         result.robust,

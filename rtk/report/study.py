@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
-from rtk.config import GRANULARITIES, TRANSFER_MODES
+from rtk.config import TRANSFER_MODES
+from rtk.granularity import sort_key
 from rtk.report.results import SCHEMES, Result, rank
 from rtk.report.statistics import Estimate, mean, paired_difference, summarize
 
@@ -15,7 +17,11 @@ METRICS = {"top1": "top-1", "pgd_top1": "PGD top-1"}
 
 # Results that differ in one of these are never averaged. Where all agree it is not shown either.
 _CONTEXT = ("arch", "source", "attack")
-_ORDER = {"scheme": SCHEMES, "granularity": GRANULARITIES, "transfer": TRANSFER_MODES}
+_ORDER: dict[str, Callable[[str], Any]] = {
+    "scheme": partial(rank, known=SCHEMES),
+    "granularity": sort_key,
+    "transfer": partial(rank, known=TRANSFER_MODES),
+}
 
 Replicate = tuple[int | None, int | None]
 
@@ -43,7 +49,7 @@ class Panel:
             self.target,
             [value or "" for value in self.context],
             rank(self.transfer, TRANSFER_MODES),
-            rank(self.granularity, GRANULARITIES),
+            sort_key(self.granularity),
         )
 
     @property
@@ -98,8 +104,7 @@ class Study:
     def distinct(self, name: str) -> list[Any]:
         """Return the values of one column without None, names that rtk knows in their order."""
         values = {getattr(result, name) for result in self.results} - {None}
-        known = _ORDER.get(name)
-        return sorted(values, key=lambda value: rank(value, known)) if known else sorted(values)
+        return sorted(values, key=_ORDER.get(name))
 
     @cached_property
     def groups(self) -> dict[Setting, list[Result]]:

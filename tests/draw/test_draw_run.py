@@ -44,6 +44,24 @@ def test_the_ticket_is_omps_and_tells_where_it_comes_from(config, pretrained):
     }
 
 
+@pytest.mark.parametrize(
+    ("granularity", "sparsity", "name", "expected"),
+    [
+        ("block", 0.9, "block-64", 0.9),
+        ("block-4x8", 0.6, "block-4x8", 0.6),
+        ("2:4", None, "2:4", 0.5),
+    ],
+)
+def test_granularities_that_shapes_do_not_tell(config, granularity, sparsity, name, expected):
+    config = dataclasses.replace(config, granularity=granularity, sparsity=sparsity)
+    ticket = Ticket.load(draw.run(config))
+    assert ticket.granularity == ticket.meta["config"]["granularity"] == name
+    assert ticket.meta["sparsity"] == ticket.meta["config"]["sparsity"] == expected
+    lineage = ticket.meta["lineage"]
+    assert (lineage["granularity"], lineage["sparsity"]) == (name, expected)
+    assert lineage["actual_sparsity"] == ticket.sparsity
+
+
 def test_a_ticket_that_is_there_is_left_as_it_is(config):
     path = draw.run(config)
     before = (path.read_bytes(), path.stat().st_mtime_ns, path.stat().st_ino)

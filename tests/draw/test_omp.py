@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils import prune
 
-from rtk import Ticket, models
+from rtk import Ticket, models, ops
 from rtk.draw import group_scores, mask_shape, omp, prunable_layers
 from rtk.errors import RtkError
 from rtk.nn import MaskedConv2d
@@ -154,6 +155,158 @@ def test_a_resnets_pruned_weights_reach_the_number_within_one_group(granularity,
     assert (granularity == "element") == (largest == 1)
 
 
+def blocks_by_hand(model, sparsity, tile, scope):
+    """Prune tiles in ascending order of their mean |w|, the one at the larger index first."""
+    layers = weights(model)
+    masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in layers.items()}
+    for names in [list(layers)] if scope == "global" else [[name] for name in layers]:
+        tiles = []
+        for name in names:
+            k, c, r, s = layers[name].shape
+            corners = itertools.product(range(0, k, tile[0]), range(0, c, tile[1]))
+            for (i, j), a, b in itertools.product(corners, range(r), range(s)):
+                index = (slice(i, i + tile[0]), slice(j, j + tile[1]), a, b)
+                tiles.append((layers[name][index].abs().mean().item(), name, index))
+        target = round(sparsity * sum(layers[name].numel() for name in names))
+        done = 0
+        for _, name, index in sorted(tiles, key=lambda tile: tile[0]):
+            if done >= target:
+                break
+            masks[name][index] = False
+            done += masks[name][index].numel()
+    return masks
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("tile", [(4, 4), (5, 2), (1, 8), (64, 64), (10**12, 3)])
+def test_blocks_go_in_the_order_of_their_mean_magnitude(tile, scope, sparsity):
+    """Tiles that fit the 8 to 12 channels and tiles that do not, one larger than the layers."""
+    model = small()
+    name = f"block-{tile[0]}" if tile[0] == tile[1] else f"block-{tile[0]}x{tile[1]}"
+    ticket = omp(model, sparsity, name, scope)
+    assert same(ticket.masks, blocks_by_hand(model, sparsity, tile, scope))
+    assert {n: mask.shape for n, mask in ticket.masks.items()} == {
+        n: w.shape for n, w in weights(model).items()
+    }
+    assert ticket.granularity == ticket.meta["granularity"] == name
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.9])
+def test_a_resnets_pruned_blocks_reach_the_number_within_one_block(sparsity, scope):
+    model = resnet18(0.6)  # 38 to 307 channels: ragged everywhere
+    ticket = omp(model, sparsity, "block-64", scope)
+    layers = weights(model)
+    if scope == "global":
+        target = round(sparsity * sum(w.numel() for w in layers.values()))
+        assert target <= zeros(ticket, model) < target + 64 * 64
+    else:
+        for mask in ticket.masks.values():
+            target = round(sparsity * mask.numel())
+            assert target <= int((~mask).sum()) < target + 64 * 64
+
+
+def test_the_kernels_live_tiles_are_the_blocks_that_are_kept():
+    model = resnet18(2)
+    ticket = omp(model, 0.9, "block")
+    assert ticket.granularity == "block-64"
+    live = total = 0
+    for mask in ticket.masks.values():
+        words = ops.live_tiles(mask)
+        live += sum((word & (2**64 - 1)).bit_count() for word in words.flatten().tolist())
+        total += words.numel() * -(-mask.shape[1] // 64)
+    assert live == pytest.approx(0.1 * total, abs=1)
+
+
+def test_tiles_that_tie_go_from_the_end():
+    model = small()
+    for weight in weights(model).values():
+        weight.fill_(-0.5)
+    ticket = omp(model, 0.5, "block-4")
+    # One weight a tile, in the order of the tiles.
+    flat = torch.cat([m[::4, ::4].reshape(-1) for m in ticket.masks.values()])
+    kept = int(flat.sum())
+    assert 0 < kept < len(flat)
+    assert flat[:kept].all() and not flat[kept:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_scores_of_tiles_are_means_in_every_dtype(dtype):
+    weight = torch.full((100, 70, 1, 2), 60.0, dtype=dtype)  # sums of 4096 exceed fp16
+    scores = group_scores(weight, "block-64")
+    assert scores.shape == (2, 2, 1, 2)
+    assert (scores == 60).all()
+
+
+def four(weight):
+    """Return the weight as (K, R, S, C / 4, 4): groups along the reduction of an implicit GEMM."""
+    return weight.permute(0, 2, 3, 1).unflatten(3, (-1, 4))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_2_of_4_keeps_the_two_largest_of_every_four_channels(scope):
+    model = resnet18()
+    ticket = omp(model, granularity="2:4", scope=scope)
+    assert ticket.sparsity == ticket.meta["sparsity"] == 0.5
+    assert ticket.granularity == ticket.meta["granularity"] == "2:4"
+    for name, weight in weights(model).items():
+        magnitude, mask = four(weight.abs()), four(ticket.masks[name])
+        assert (mask.sum(-1) == 2).all()
+        smallest_kept = magnitude.masked_fill(~mask, torch.inf).amin(-1)
+        assert (smallest_kept >= magnitude.masked_fill(mask, 0).amax(-1)).all()
+    assert same(ticket.masks, omp(model, 0.5, "2:4").masks)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (1, 2), (3, 8), (2, 3)])
+def test_n_of_m_in_general(n, m):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 48, 3), nn.Conv2d(48, 7, 1))
+    ticket = omp(model, granularity=f"{n}:{m}")
+    for mask in ticket.masks.values():
+        assert (mask.unflatten(1, (-1, m)).sum(2) == n).all()
+    assert ticket.sparsity == pytest.approx(1 - n / m)
+
+
+def test_among_equal_channels_the_smaller_index_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        model[1].weight.fill_(0.5)
+        model[1].weight[:, 1] = -2.0
+    mask = omp(model, granularity="2:4").masks["1"]
+    kept = torch.tensor([True, True, False, False, True, True, False, False])
+    assert (mask == kept[:, None, None]).all()
+
+
+def test_n_of_m_leaves_dense_what_does_not_divide():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(4, 6, 3),
+        nn.Conv2d(6, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 1),
+    ]
+    model = nn.Sequential(*layers)
+    ticket = omp(model, granularity="2:4", include_first=True)
+    pruned = [name for name, mask in ticket.masks.items() if not mask.all()]
+    assert pruned == ["0", "4"] and list(ticket.masks) == list("01234")
+    total = sum(mask.numel() for mask in ticket.masks.values())
+    assert ticket.sparsity == (4 * 6 * 9 + 8 * 8) / 2 / total
+    assert Ticket.from_model(ticket.apply(model)).granularity == "2:4"
+
+
+def test_n_of_m_without_a_layer_that_divides_is_refused():
+    with pytest.raises(RtkError, match=r"omp: 2:5 needs .* multiple of 5, .*another granularity"):
+        omp(resnet18(), granularity="2:5")
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.0, float("nan")])
+def test_n_of_m_at_another_sparsity_is_refused(sparsity):
+    with pytest.raises(RtkError, match=r"sparsity: expected 0\.5, which is what 2:4 means"):
+        omp(resnet18(), sparsity, "2:4")
+
+
 def test_layer_scope_prunes_each_layer_alike():
     model = resnet18()
     for name, mask in omp(model, 0.7, scope="layer").masks.items():
@@ -240,7 +393,7 @@ def test_weights_that_are_not_finite_are_refused(value):
         omp(model, 0.5)
 
 
-@pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan")])
+@pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, float("nan"), None])
 def test_sparsity_out_of_range_is_refused(sparsity):
     with pytest.raises(RtkError, match=r"sparsity: expected .* in \[0, 1\)"):
         omp(small(), sparsity)

@@ -7,6 +7,7 @@ import pytest
 from rtk.errors import RtkError
 from rtk.report import write_report
 from rtk.report.results import COLUMNS, read_results, to_csv
+from rtk.report.study import Study
 
 HEADER = (
     "run,pretrain,robust,pretrain_seed,source,arch,scheme,granularity,sparsity,actual_sparsity,"
@@ -48,6 +49,17 @@ def test_rows_are_in_order_of_contents(write, tmp_path):
     write("7", transfer="linear_bn_update", sparsity=0.1)
     write("8", target="cifar10")
     assert [result.run for result in read_results(tmp_path)] == list("86432157")
+
+
+def test_granularities_are_in_order_from_fine_to_coarse(write, tmp_path):
+    names = ["element", "channel", "block-8", "block-16x32", "block-64", "2:4", "of another tool"]
+    for i, name in enumerate(reversed(names)):
+        write(str(i), granularity=name)
+    results = read_results(tmp_path)
+    assert [result.granularity for result in results] == names
+    study = Study(results)
+    assert study.distinct("granularity") == names
+    assert [panel.granularity for panel in study.panels] == names
 
 
 def test_same_inputs_give_the_same_bytes(study_folder, tmp_path):
