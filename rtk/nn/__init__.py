@@ -7,14 +7,17 @@ from rtk.nn.convert import fold, mask_model
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.nn.masked_linear import MaskedLinear
 from rtk.nn.max_pool2d import MaxPool2d
+from rtk.nn.tune import LayerTimes, tune
 
 __all__ = [
     "BatchNormAct2d",
     "CompactionReport",
+    "LayerTimes",
     "MaskedConv2d",
     "MaskedLinear",
     "MaxPool2d",
     "compact",
     "fold",
     "mask_model",
+    "tune",
 ]

@@ -43,7 +43,7 @@ class _Plan:
             torch.autograd.graph.increment_version([layer.weight for layer in folded])
             self._versions = versions
         for layer, ready in zip(self.layers, folded, strict=True):
-            layer._prepared = ready.weight
+            layer._prepared = ready
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()

@@ -4,6 +4,7 @@ from rtk.ops._conv_tiles import tuning
 from rtk.ops._registry import BACKENDS, backend
 from rtk.ops.batch_norm_act import batch_norm_act
 from rtk.ops.block_matmul import block_matmul
+from rtk.ops.conv2d_bwd_weight import conv2d_bwd_weight_live
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
 from rtk.ops.gaussian_noise import gaussian_noise
@@ -23,6 +24,7 @@ __all__ = [
     "backend",
     "batch_norm_act",
     "block_matmul",
+    "conv2d_bwd_weight_live",
     "FoldedLayer",
     "FoldLayer",
     "FoldPlan",

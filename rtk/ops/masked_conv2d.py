@@ -18,6 +18,8 @@ from rtk.errors import check_choice
 from rtk.ops import _compiled
 from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
+from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
+from rtk.ops.live_tiles import BLOCK, live_tiles
 from rtk.ops.prepare_weight import (
     FLOATS,
     apply_mask,
@@ -224,11 +226,13 @@ def masked_conv2d_prepared(
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor,
+    turned: Tensor | None,
     bias: Tensor | None,
     stride: IntPair,
     padding: IntPair,
     dilation: IntPair,
     groups: int,
+    skips: Sequence[bool] = (False, False),
 ) -> Tensor:
     """`masked_conv2d` for whoever has prepared the weight already, as a model does for all layers.
 
@@ -237,25 +241,47 @@ def masked_conv2d_prepared(
         weight, mask: what gets the gradients; they are not read in the forward.
         prepared: `prepare_weight(weight, mask, dtype=...)` in the dtype that the input is in, or
             under autocast will be in. It must hold these values until after the backward.
+        turned: `turn_filter(prepared)`, which `skips[1]` uses; None makes it where it is needed.
         bias, stride, padding, dilation, groups: as for `masked_conv2d`.
+        skips: whether blocks of 64 x 64 weights that are all zero are skipped (`live_tiles`), in
+            the forward and in the input's gradient. `why_not_skip` says what cannot.
 
     Returns:
         What `masked_conv2d` returns, with its gradients.
 
     Raises:
-        RtkError: as `masked_conv2d`; for a `prepared` of another shape, dtype or device.
+        RtkError: as `masked_conv2d`; for a `prepared` of another shape, dtype or device; for a skip
+            that cannot be.
     """
     return _op_prepared(
         input,
         weight,
         mask,
         prepared,
+        turned,
         bias,
         _pair("stride", stride),
         _pair("padding", padding),
         _pair("dilation", dilation),
         groups,
+        list(skips),
     )
+
+
+def why_not_skip(
+    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: IntPair, groups: int
+) -> str | None:
+    """Return why a convolution cannot skip dead blocks of its weight, or None where it can."""
+    taps = weight.shape[2]
+    if groups != 1 or set(_pair("dilation", dilation)) != {1}:
+        return "it has groups or dilation"
+    if weight.shape[3] != taps or stride[0] != stride[1] or padding[0] != padding[1]:
+        return "filter, stride and padding must be the same both ways"
+    if stride[0] > 2 or padding[0] >= taps:
+        return "stride must be 1 or 2, padding less than the filter"
+    if weight.shape[1] > BLOCK**2:
+        return f"it has more than {BLOCK**2} input channels"
+    return None
 
 
 def _check_prepared(
@@ -263,22 +289,30 @@ def _check_prepared(
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor,
+    turned: Tensor | None,
     bias: Tensor | None,
-    *conv: Any,
+    *conv_and_skips: Any,
 ) -> None:
+    *conv, skips = conv_and_skips
     _check(input, weight, mask, bias, *conv)
-    require(
-        prepared.shape == weight.shape
-        and prepared.dtype == input.dtype
-        and prepared.device == input.device,
-        "masked_conv2d_prepared: prepared must be %s in %s on %s, got %s in %s on %s",
-        tuple(weight.shape),
-        input.dtype,
-        input.device,
-        tuple(prepared.shape),
-        prepared.dtype,
-        prepared.device,
-    )
+    k, c, *taps = weight.shape
+    for name, tensor, shape in (("prepared", prepared, (k, c)), ("turned", turned, (c, k))):
+        require(
+            tensor is None
+            or (
+                tuple(tensor.shape) == (*shape, *taps)
+                and tensor.dtype == input.dtype
+                and tensor.device == input.device
+            ),
+            "masked_conv2d_prepared: %s must be %s in %s on %s, got %s",
+            name,
+            (*shape, *taps),
+            input.dtype,
+            input.device,
+            tensor if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device),
+        )
+    reason = why_not_skip(weight, *conv) if any(skips) else None
+    require(reason is None, "masked_conv2d_prepared: no block can be skipped: %s", reason)
 
 
 def _forward_prepared(
@@ -286,16 +320,33 @@ def _forward_prepared(
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor,
+    turned: Tensor | None,
     bias: Tensor | None,
-    *conv: Any,
+    *conv_and_skips: Any,
 ) -> Tensor:
-    return _convolve(input, prepared, bias, *conv)
+    return _convolve(input, prepared, bias, *conv_and_skips[:-1])
+
+
+def _forward_skipping(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    prepared: Tensor,
+    turned: Tensor | None,
+    bias: Tensor | None,
+    *conv_and_skips: Any,
+) -> Tensor:
+    *conv, (skip, _) = conv_and_skips
+    if not (skip and input.is_contiguous(memory_format=torch.channels_last)):
+        return _convolve(input, prepared, bias, *conv)
+    live = live_tiles(prepared)
+    return fused_conv2d(input, prepared, bias, live=live, stride=conv[0][0], padding=conv[1][0])
 
 
 _op_prepared = Op(
     "masked_conv2d_prepared(Tensor input, Tensor weight, Tensor mask, Tensor prepared, "
-    "Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) "
-    "-> Tensor",
+    "Tensor? turned, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+    "SymInt groups, bool[2] skips) -> Tensor",
     _check_prepared,
     _forward_prepared,
 )
@@ -305,11 +356,13 @@ _op_prepared.autocast_first_argument()
 def _check_bwd_input(
     grad: Tensor,
     prepared: Tensor,
+    turned: Tensor | None,
     input_size: Sequence[int],
     stride: list[int],
     padding: list[int],
     dilation: list[int],
     groups: int,
+    skip: bool,
 ) -> None:
     require(
         len(input_size) == 4 and input_size[1] == prepared.shape[1] * groups,
@@ -319,17 +372,39 @@ def _check_bwd_input(
     )
 
 
-def _bwd_input(grad: Tensor, prepared: Tensor, input_size: Sequence[int], *conv: Any) -> Tensor:
+def _bwd_input(
+    grad: Tensor,
+    prepared: Tensor,
+    turned: Tensor | None,
+    input_size: Sequence[int],
+    *conv_and_skip: Any,
+) -> Tensor:
     if any(isinstance(size, int) and size == 0 for size in input_size):
         return grad.new_empty(input_size)  # for no images, torch's fake has other strides
     channels_last = torch.channels_last in (memory_format(grad), memory_format(prepared))
     input = _shape_only(grad, input_size, channels_last)
-    return _convolve_backward(grad, input, prepared, *conv, needs=[True, False, False])[0]
+    needs = [True, False, False]
+    return _convolve_backward(grad, input, prepared, *conv_and_skip[:-1], needs=needs)[0]
+
+
+def _bwd_input_skipping(
+    grad: Tensor,
+    prepared: Tensor,
+    turned: Tensor | None,
+    input_size: Sequence[int],
+    *conv_and_skip: Any,
+) -> Tensor:
+    *conv, skip = conv_and_skip
+    if not (skip and grad.is_contiguous(memory_format=torch.channels_last) and grad.numel()):
+        return _bwd_input(grad, prepared, turned, input_size, *conv_and_skip)
+    turned = turn_filter(prepared) if turned is None else turned
+    options = {"stride": conv[0][0], "padding": conv[1][0], "live": live_tiles(turned)}
+    return fused_conv2d_bwd_input(grad, turned, input_size[2:], **options)
 
 
 _op_bwd_input = Op(
-    "masked_conv2d_bwd_input(Tensor grad, Tensor prepared, SymInt[] input_size, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    "masked_conv2d_bwd_input(Tensor grad, Tensor prepared, Tensor? turned, SymInt[] input_size, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool skip) -> Tensor",
     _check_bwd_input,
     _bwd_input,
 )
@@ -373,15 +448,18 @@ _op_bwd_weight = Op(
     partial(_bwd_weight, prepare=prepare_fake),
 )
 
-# Backends differ in how they prepare the weight, and prepare_weight, itself an op, decides that.
-for _backend, _why_not in (("cpu", _compiled.why_not_cpu), ("cuda", _compiled.why_not_cuda)):
-    for _each, _run in (
-        (_op, _forward),
-        (_op_prepared, _forward_prepared),
-        (_op_bwd_input, _bwd_input),
-        (_op_bwd_weight, _bwd_weight),
+
+def _implement(backend: str, why_not: Callable[..., str | None], *runs: Callable[..., Any]) -> None:
+    for op, run in zip(
+        (_op, _op_prepared, _op_bwd_input, _op_bwd_weight), (_forward, *runs), strict=True
     ):
-        _each.implementation(_backend, lambda x, w, *_, why=_why_not: why(x, w))(_run)
+        op.implementation(backend, lambda x, w, *_: why_not(x, w))(run)
+
+
+# Backends differ in how they prepare the weight, which prepare_weight, itself an op, decides; and
+# a GPU can skip blocks of it.
+_implement("cpu", _compiled.why_not_cpu, _forward_prepared, _bwd_input, _bwd_weight)
+_implement("cuda", _compiled.why_not_cuda, _forward_skipping, _bwd_input_skipping, _bwd_weight)
 
 
 @_op.implementation("reference")
@@ -405,8 +483,9 @@ def _run_and_save(
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor,
+    turned: Tensor | None,
     bias: Tensor | None,
-    *conv: Any,
+    *conv_and_skips: Any,
 ) -> Tensor:
     """Convolve; keep for `_gradients` what those of (input, weight, mask, bias) that need one use.
 
@@ -414,20 +493,25 @@ def _run_and_save(
     """
     need_input, need_weight, need_mask, _ = needs
     ctx.save_for_backward(
-        input if need_weight or need_mask else None, weight, mask, prepared if need_input else None
+        input if need_weight or need_mask else None,
+        weight,
+        mask,
+        prepared if need_input else None,
+        turned if need_input else None,
     )
-    ctx.needs, ctx.conv = needs, conv
+    *ctx.conv, skips = conv_and_skips
+    ctx.needs, ctx.skip = needs, skips[1]
     ctx.input_size = input.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
-    return _op_prepared.below_autograd(input, weight, mask, prepared, bias, *conv)
+    return _op_prepared.below_autograd(input, weight, mask, prepared, turned, bias, *conv_and_skips)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, prepared = ctx.saved_tensors
+    input, weight, mask, prepared, turned = ctx.saved_tensors
     need_input, need_weight, need_mask, need_bias = ctx.needs
     grad_input = grad_bias = None
     if need_input:
-        grad_input = _op_bwd_input(grad, prepared, ctx.input_size, *ctx.conv)
+        grad_input = _op_bwd_input(grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.skip)
     gradients: list[Tensor] = []
     if need_weight or need_mask:
         gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, [need_weight, need_mask])
@@ -443,26 +527,29 @@ class _AutogradPrepared(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, prepared: Tensor, *rest: Any
     ) -> Tensor:
-        needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4])
+        needs = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[5])
         return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_input, grad_weight, grad_mask, grad_bias = _gradients(ctx, grad)
-        return grad_input, grad_weight, grad_mask, None, grad_bias, None, None, None, None
+        return grad_input, grad_weight, grad_mask, None, None, grad_bias, *[None] * 5
 
 
 class _Autograd(torch.autograd.Function):
     """Prepares the weight once, for the forward and for the input's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, *conv: Any
+    ) -> Tensor:
         prepared = prepare_below_autograd(
             weight, mask, input.dtype, wants_channels_last(input, weight)
         )
         needs = ctx.needs_input_grad[:4]
-        return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
+        skips = [False, False]
+        return _run_and_save(ctx, needs, input, weight, mask, prepared, None, bias, *conv, skips)
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtk.errors import RtkError
-from rtk.ops import masked_conv2d, prepare_weight
+from rtk.ops import masked_conv2d, prepare_weight, turn_filter
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 OP = "masked_conv2d"
@@ -137,7 +137,7 @@ def test_a_weight_prepared_before_gives_the_same():
         if before:
             ready = prepare_weight(given["weight"].detach(), given["mask"])
             options = {"stride": 1, "padding": 1, "dilation": 1, "groups": 1}
-            out = masked_conv2d_prepared(prepared=ready, **given, **options)
+            out = masked_conv2d_prepared(prepared=ready, turned=None, **given, **options)
         else:
             out = masked_conv2d(**given, padding=1)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
@@ -149,7 +149,7 @@ def test_a_prepared_weight_that_does_not_fit_is_refused():
     for wrong in (given["weight"][1:], given["weight"].bfloat16()):
         with pytest.raises(RtkError, match="prepared must be"):
             masked_conv2d_prepared(
-                prepared=wrong, **given, stride=1, padding=0, dilation=1, groups=1
+                prepared=wrong, turned=None, **given, stride=1, padding=0, dilation=1, groups=1
             )
 
 
@@ -178,3 +178,33 @@ def test_autocast_leaves_float64_alone():
     with torch.autocast("cpu", torch.bfloat16):
         out = masked_conv2d(**given)
     assert torch.equal(out, masked_conv2d(**given))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("turned", [True, False])
+def test_skipping_dead_blocks_changes_nothing(stride, turned, device):
+    x = torch.randn(2, 128, 6, 5).to(device).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 128, 3, 3).to(device)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[:, 64:, 1] = True
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x, ready = x.to(dtype), prepare_weight(weight, mask, dtype=dtype, channels_last=True)
+    results = []
+    for skips in ([False, False], [True, True]):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        given = *leaves, mask, ready, turn_filter(ready) if turned else None, None
+        out = masked_conv2d_prepared(*given, stride, 1, 1, 1, skips)
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        results.append([t.float() for t in (out.detach(), *grads)])
+    tolerance = 2e-2 if device == "cuda" else 1e-4
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
+
+
+def test_what_cannot_be_skipped_is_refused():
+    given = tensors("cpu")
+    bias = given.pop("bias")
+    with pytest.raises(RtkError, match=r"no block can be skipped.*groups or dilation"):
+        masked_conv2d_prepared(
+            **given, prepared=given["weight"], turned=None, bias=bias,
+            stride=1, padding=1, dilation=2, groups=1, skips=(True, False),
+        )  # fmt: skip

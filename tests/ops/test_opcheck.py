@@ -23,7 +23,9 @@ def boolean(*shape: int) -> Tensor:
 
 
 CONV = ([2, 1], [1, 2], [1, 1], 2)  # stride, padding, dilation, groups
+ONCE = ([1, 1], [1, 1], [1, 1], 1)
 OUT = (2, 6, 4, 8)  # of (2, 4, 7, 6) under CONV with a 3x3 filter
+LIVE = ([1, 1], [1, 1], [1, 1])
 LINF = {"eps": 0.1, "norm": "linf", "clip_min": 0.0, "clip_max": 1.0}
 L2 = LINF | {"norm": "l2"}
 STEP = {"step_size": 0.05}
@@ -72,14 +74,16 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w, float_mask, bias, *CONV), {}),
         ],
         "masked_conv2d_bwd_input": [
-            ((up, w.detach(), [2, 4, 7, 6], *CONV), {}),
-            ((up_last, w_last.detach(), [2, 4, 7, 6], *CONV), {}),
-            ((up[:0], w.detach(), [0, 4, 7, 6], *CONV), {}),
+            ((up, w.detach(), None, [2, 4, 7, 6], *CONV, False), {}),
+            ((up_last, w_last.detach(), None, [2, 4, 7, 6], *CONV, False), {}),
+            ((up[:0], w.detach(), None, [0, 4, 7, 6], *CONV, False), {}),
+            ((small, w_full.detach(), None, [2, 4, 7, 6], *ONCE, True), {}),
         ],
         "masked_conv2d_prepared": [
-            ((x, w, m, w.detach(), bias, *CONV), {}),
-            ((x_last, w, float_mask, w_last.detach(), None, *CONV), {}),
-            ((half, w, m, w.detach().bfloat16(), bias, *CONV), {}),
+            ((x, w, m, w.detach(), None, bias, *CONV, [False, False]), {}),
+            ((x_last, w, float_mask, w_last.detach(), None, None, *CONV, [False, False]), {}),
+            ((half, w, m, w.detach().bfloat16(), None, bias, *CONV, [False, False]), {}),
+            ((x, w_full, w_full > 0, w_full.detach(), None, None, *ONCE, [True, True]), {}),
         ],
         "masked_conv2d_bwd_weight": [
             ((up, x.detach(), w.detach(), m, *CONV, [True, False]), {}),
@@ -115,6 +119,11 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((x.detach(), w_full.detach(), None, None, None, words), FUSED | {"density": 0.5}),
         ],
         "live_tiles": [((w_full,), {}), ((m,), {}), ((half[:, :, :3, :3],), {})],
+        "conv2d_bwd_weight_live": [
+            ((small, x, words, [6, 4, 3, 3], *LIVE, float_mask, True, 0.5), {}),
+            ((small.bfloat16(), half, words, [6, 4, 3, 3], *LIVE, None, False, 0.5), {}),
+            ((small[:0], empty, words, [6, 4, 3, 3], *LIVE, m[:, :1], False, 0.5), {}),
+        ],
         "batch_norm_stats": [
             ((half.detach(), torch.zeros(4), torch.ones(4), torch.tensor(2), 0.1), {}),
             ((x_last.detach(), None, None, None, 0.1), {}),
