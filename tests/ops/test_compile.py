@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 from rtk import ops
 
@@ -80,7 +81,8 @@ def test_inductor_calls_the_op(last):
     """The op alone: what inductor itself compiles around it, in C++, would take half a minute."""
     format = torch.channels_last if last else torch.contiguous_format
     given = X.contiguous(memory_format=format), W, W[:, :1, :1, :1]
-    assert_same_compiled(lambda *args: ops.masked_conv2d(*args, None, 1, 1, 1, 2), given)
+    with fresh_cache():  # its key does not hold the ops' schemas, which change during development
+        assert_same_compiled(lambda *args: ops.masked_conv2d(*args, None, 1, 1, 1, 2), given)
 
 
 def test_one_dynamic_graph_serves_every_batch_size():
