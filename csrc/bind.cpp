@@ -28,18 +28,18 @@ DType dtype(int code) { return static_cast<DType>(code); }
 void copy(const Four& from, int64_t (&to)[4]) { std::copy(from.begin(), from.end(), to); }
 
 PgdStep pgd_step_args(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype, Address out,
-                      int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min,
-                      double clip_max) {
+                      int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min, double clip_max,
+                      Address workspace) {
   return {pointer(x_adv), dtype(x_adv_dtype), pointer(grad), dtype(grad_dtype), pointer(x), dtype(x_dtype),
           pointer(out), n, chw, static_cast<float>(eps), static_cast<float>(step_size), l2,
-          static_cast<float>(clip_min), static_cast<float>(clip_max)};
+          static_cast<float>(clip_min), static_cast<float>(clip_max), pointer(workspace)};
 }
 
 void pgd_step_cpu(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype, Address out,
                   int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min, double clip_max,
                   int threads) {
   cpu_ops().pgd_step(pgd_step_args(x_adv, x_adv_dtype, grad, grad_dtype, x, x_dtype, out, n, chw, eps, step_size, l2,
-                                   clip_min, clip_max),
+                                   clip_min, clip_max, 0),
                      threads);
 }
 
@@ -87,10 +87,16 @@ void prepare_weight_cpu(Address w, int w_dtype, const Four& w_strides, Address m
 #ifdef RTK_HAS_CUDA
 void pgd_step_on_stream(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype,
                         Address out, int64_t n, int64_t chw, double eps, double step_size, bool l2, double clip_min,
-                        double clip_max, int device, Address stream) {
+                        double clip_max, Address workspace, int device, Address stream) {
   pgd_step_cuda(pgd_step_args(x_adv, x_adv_dtype, grad, grad_dtype, x, x_dtype, out, n, chw, eps, step_size, l2,
-                              clip_min, clip_max),
+                              clip_min, clip_max, workspace),
                 device, pointer(stream));
+}
+
+size_t pgd_step_workspace_for(Address x_adv, int x_adv_dtype, Address grad, int grad_dtype, Address x, int x_dtype,
+                              Address out, int64_t n, int64_t chw, int device) {
+  return pgd_step_workspace(
+      pgd_step_args(x_adv, x_adv_dtype, grad, grad_dtype, x, x_dtype, out, n, chw, 0, 0, true, 0, 0, 0), device);
 }
 
 void prepare_weight_on_stream(Address w, int w_dtype, const Four& w_strides, Address mask, int mask_dtype,
@@ -258,3 +264,4 @@ PYBIND11_MODULE(_C, module) {
 }
 
 }  // namespace rtk
+  module.def("pgd_step_workspace", &pgd_step_workspace_for, no_gil);

@@ -29,6 +29,7 @@ struct PgdStep {
   float eps, step_size;
   bool l2;
   float clip_min, clip_max;
+  void* workspace;  // pgd_step_workspace() bytes, of any content; on a CPU none
 };
 
 // A random start in the ball around x: f32 | bf16 | u8 (value / 255); out: f32 | bf16. The noise of a
@@ -193,3 +194,4 @@ void stem_conv2d_bwd_input_cuda(const StemConv2dBwdInput&, int device, void* str
 #endif
 
 }  // namespace rtk
+size_t pgd_step_workspace(const PgdStep&, int device);  // bytes

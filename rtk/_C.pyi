@@ -72,11 +72,30 @@ def pgd_step_cuda(
     l2: bool,
     clip_min: float,
     clip_max: float,
+    workspace_ptr: int,
     device: int,
     stream: int,
     /,
 ) -> None:
-    """pgd_step_cpu for L2 on device memory, queued on a raw stream; absent without CUDA."""
+    """pgd_step_cpu for L2 on device memory, queued on a raw stream; absent without CUDA.
+
+    workspace: pgd_step_workspace() bytes, of any content.
+    """
+
+def pgd_step_workspace(
+    x_adv_ptr: int,
+    x_adv_dt: int,
+    grad_ptr: int,
+    grad_dt: int,
+    x_ptr: int,
+    x_dt: int,
+    out_ptr: int,
+    n: int,
+    chw: int,
+    device: int,
+    /,
+) -> int:
+    """Bytes that pgd_step_cuda needs beside its tensors."""
 
 def pgd_init_cpu(
     x_ptr: int,

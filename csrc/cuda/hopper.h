@@ -62,6 +62,13 @@ __device__ inline void send(uint32_t to, float4 value, uint32_t barrier) {
                : "memory");
 }
 
+// One thread copies `bytes` into shared memory and counts them at a barrier; all three multiples of 16.
+__device__ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // --- TMA: one thread copies a box of a tensor into shared memory; outside the tensor it writes zeros.
 
 __device__ inline void prefetch_map(const CUtensorMap* map) {

@@ -61,25 +61,6 @@ void launch_clusters(const char* op, void (*kernel)(Parameters...), int64_t bloc
   launch_with(op, cluster > 1 ? &attribute : nullptr, kernel, blocks, threads, shared, stream, arguments...);
 }
 
-// How many clusters the current device runs at once: fewer than its multiprocessors suggest, for a
-// cluster stays in one of their groups.
-template <class... Parameters>
-int resident_clusters(const char* op, void (*kernel)(Parameters...), int cluster, int threads, size_t shared) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cluster));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  check(op, cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-  return clusters;
-}
-
 // As soon as the kernel before has given its multiprocessors free, not only when all of it is done (sm_90
 // and up). The kernel must execute griddepcontrol.wait before it touches memory that others use.
 template <class... Parameters, class... Arguments>
@@ -88,6 +69,16 @@ void launch_early(const char* op, void (*kernel)(Parameters...), int64_t blocks,
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
+  launch_with(op, &attribute, kernel, blocks, threads, shared, stream, arguments...);
+}
+
+// All blocks at once, or not at all: they may wait for each other.
+template <class... Parameters, class... Arguments>
+void launch_cooperative(const char* op, void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared,
+                        cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   launch_with(op, &attribute, kernel, blocks, threads, shared, stream, arguments...);
 }
 

@@ -277,9 +277,11 @@ def _cuda(
     out = _empty(x_adv)
     if out.numel():
         numbers = (eps, step_size, True, clip_min, clip_max)
+        arguments, device = _compiled_arguments(x_adv, grad, x, out), x.device.index
+        workspace_bytes = _compiled._C.pgd_step_workspace(*arguments, device)
+        workspace = x.new_empty(workspace_bytes, dtype=torch.uint8)
         stream = torch.cuda.current_stream(x.device).cuda_stream
-        arguments = _compiled_arguments(x_adv, grad, x, out)
-        _compiled._C.pgd_step_cuda(*arguments, *numbers, x.device.index, stream)
+        _compiled._C.pgd_step_cuda(*arguments, *numbers, workspace.data_ptr(), device, stream)
     return out
 
 
