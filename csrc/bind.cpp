@@ -127,6 +127,25 @@ void topk_mask_on_stream(const std::vector<Address>& scores, const std::vector<i
   topk_mask_cuda(p, device, pointer(stream));
 }
 
+void score_step_on_stream(const std::vector<Address>& scores, const std::vector<Address>& buffers,
+                          const std::vector<Address>& weights, const std::vector<Address>& grads,
+                          const std::vector<int64_t>& sizes, int grad_dtype, double lr, Address device_lr,
+                          double momentum, double weight_decay, bool nesterov, int device, Address stream) {
+  if (scores.size() != sizes.size() || buffers.size() != sizes.size() || weights.size() != sizes.size() ||
+      grads.size() != sizes.size()) {
+    throw std::invalid_argument("score_step: there must be one entry per tensor");
+  }
+  ScoreStep p{{}, {}, {}, {}, sizes, dtype(grad_dtype), static_cast<float>(lr), pointer<const float>(device_lr),
+              static_cast<float>(momentum), static_cast<float>(weight_decay), nesterov};
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    p.scores.push_back(pointer<float>(scores[i]));
+    p.buffers.push_back(pointer<float>(buffers[i]));
+    p.weights.push_back(pointer<const float>(weights[i]));
+    p.grads.push_back(pointer(grads[i]));
+  }
+  score_step_cuda(p, device, pointer(stream));
+}
+
 FusedConv2d fused_conv2d_args(Address x, Address w, Address bias, Address residual, Address gate, Address live,
                               Address out, Address positive, const std::array<int, 9>& sizes, int stride, int padding,
                               int upsample, int residual_stride, bool relu, const std::array<int, 7>& tile) {
@@ -155,6 +174,27 @@ void live_tiles_on_stream(Address w, int w_dtype, const Four& sizes, const Four&
   copy(sizes, p.sizes);
   copy(strides, p.strides);
   live_tiles_cuda(p, device, pointer(stream));
+}
+
+void sparse_columns_on_stream(const std::vector<Address>& weights, const std::vector<std::array<int, 4>>& sizes,
+                              const std::vector<Address>& out, int device, Address stream) {
+  if (weights.size() != sizes.size() || out.size() != sizes.size()) {
+    throw std::invalid_argument("sparse_columns: there must be one entry per weight");
+  }
+  std::vector<SparseColumns> p;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const auto [k, c, r, s] = sizes[i];
+    p.push_back({pointer(weights[i]), pointer<int32_t>(out[i]), k, c, r, s});
+  }
+  sparse_columns_cuda(p, device, pointer(stream));
+}
+
+void sparse_conv2d_on_stream(Address x, Address columns, Address bias, Address out, const std::array<int, 9>& sizes,
+                             int stride, int padding, int upsample, int device, Address stream) {
+  const auto [n, h, w_in, c, k, r, s, oh, ow] = sizes;
+  sparse_conv2d_cuda({pointer(x), pointer<const int32_t>(columns), pointer<const float>(bias), pointer(out), n, h,
+                      w_in, c, k, r, s, oh, ow, stride, padding, upsample},
+                     device, pointer(stream));
 }
 
 bool fused_conv2d_fits_args(Address x, Address w, Address bias, Address residual, Address gate, Address live,
@@ -249,19 +289,23 @@ PYBIND11_MODULE(_C, module) {
   module.def("block_matmul_bwd_weight_cpu", &block_matmul_bwd_weight_cpu, no_gil);
 #ifdef RTK_HAS_CUDA
   module.def("pgd_step_cuda", &pgd_step_on_stream, no_gil);
+  module.def("pgd_step_workspace", &pgd_step_workspace_for, no_gil);
   module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
   module.def("fold_weights_cuda", &fold_weights_on_stream, no_gil);
   module.attr("topk_mask_tensors") = kTopkMaskTensors;
   module.def("topk_mask_workspace", &topk_mask_workspace, no_gil);
   module.def("topk_mask_cuda", &topk_mask_on_stream, no_gil);
+  module.attr("score_step_tensors") = kScoreStepTensors;
+  module.def("score_step_cuda", &score_step_on_stream, no_gil);
   module.def("fused_conv2d_cuda", &fused_conv2d_on_stream, no_gil);
   module.def("fused_conv2d_fits", &fused_conv2d_fits_args, no_gil);
   module.def("live_tiles_cuda", &live_tiles_on_stream, no_gil);
   module.def("positive_bits_cuda", &positive_bits_on_stream, no_gil);
+  module.def("sparse_columns_cuda", &sparse_columns_on_stream, no_gil);
+  module.def("sparse_conv2d_cuda", &sparse_conv2d_on_stream, no_gil);
   module.def("stem_conv2d_cuda", &stem_conv2d_on_stream, no_gil);
   module.def("stem_conv2d_bwd_input_cuda", &stem_conv2d_bwd_input_on_stream, no_gil);
 #endif
 }
 
 }  // namespace rtk
-  module.def("pgd_step_workspace", &pgd_step_workspace_for, no_gil);

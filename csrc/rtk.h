@@ -76,6 +76,23 @@ struct TopkMasks {
   void* workspace;
 };
 
+// An SGD step on the scores of masks, one tensor a layer, one score a weight: g = w * grad + weight_decay *
+// score; buffer = momentum * buffer + g; score -= lr * (nesterov ? g + momentum * buffer : buffer). The four
+// tensors of a layer are dense and in one memory order; all f32, the gradients f32 | bf16. device_lr, if not
+// null, is read in place of lr.
+constexpr int kScoreStepTensors = 640;  // the most tensors a call takes
+struct ScoreStep {
+  std::vector<float*> scores, buffers;
+  std::vector<const float*> weights;
+  std::vector<const void*> grads;
+  std::vector<int64_t> sizes;
+  DType grad_dtype;
+  float lr;
+  const float* device_lr;
+  float momentum, weight_decay;
+  bool nesterov;
+};
+
 // out = cast(w * mask) over 4 dimensions; a mask stride is 0 where the mask is broadcast. With a b1
 // mask a pruned weight is exactly +0, whatever it was (w * False would keep NaN and the sign).
 struct PrepareWeight {
@@ -123,6 +140,25 @@ struct LiveTiles {
   DType dtype;
   uint64_t* out;
   int64_t sizes[4], strides[4];
+};
+
+// A bf16 weight, K, R, S, C in memory, dense, and where sparse_conv2d's lists of it go: ceil(k / 16) ceil(c / 128)
+// lists, as cuda/sparse_conv2d.h lays them out, on 16 bytes. r and s are 3 at most.
+constexpr int kSparseColumnsWeights = 64;  // the most a launch takes
+struct SparseColumns {
+  const void* w;
+  int32_t* out;
+  int k, c, r, s;
+};
+
+// out = conv(x, the weight of the lists) + bias (f32, may be null): bf16, N, H, W, C in memory, dense. With
+// upsample 2 zeros stand between x's pixels. stride 1 or 2; c and k are multiples of 8.
+struct SparseConv2d {
+  const void* x;
+  const int32_t* columns;
+  const float* bias;
+  void* out;
+  int n, h, w_in, c, k, r, s, oh, ow, stride, padding, upsample;
 };
 
 // A ResNet's first convolution, fused: out = relu(conv((x - mean) / std, weight) + bias), bf16 and
@@ -182,16 +218,19 @@ void prepare_weight_cuda(const PrepareWeight&, int device, void* stream);
 void fold_weights_cuda(const void* table, int layers, int64_t tiles, int device, void* stream);
 // L2 only; x may be bf16 too. Each tensor is dense, all in one memory order.
 void pgd_step_cuda(const PgdStep&, int device, void* stream);
+size_t pgd_step_workspace(const PgdStep&, int device);  // bytes
 void topk_mask_cuda(const TopkMasks&, int device, void* stream);
 int64_t topk_mask_workspace(const std::vector<int64_t>& sizes, bool whole);
+void score_step_cuda(const ScoreStep&, int device, void* stream);
 void fused_conv2d_cuda(const FusedConv2d&, int device, void* stream);
 // The bits of x > 0, `count` bf16 values whose channels come in multiples of 64.
 void positive_bits_cuda(const void* x, void* bits, int64_t count, int device, void* stream);
 void live_tiles_cuda(const LiveTiles&, int device, void* stream);
+void sparse_columns_cuda(const std::vector<SparseColumns>&, int device, void* stream);
+void sparse_conv2d_cuda(const SparseConv2d&, int device, void* stream);
 bool fused_conv2d_fits(const FusedConv2d&);  // whether its tile does, in shared memory; pointers: null or not
 void stem_conv2d_cuda(const StemConv2d&, int device, void* stream);
 void stem_conv2d_bwd_input_cuda(const StemConv2dBwdInput&, int device, void* stream);
 #endif
 
 }  // namespace rtk
-size_t pgd_step_workspace(const PgdStep&, int device);  // bytes

@@ -135,6 +135,27 @@ topk_mask_tensors: int
 def topk_mask_workspace(sizes: Sequence[int], whole: bool, /) -> int:
     """How many bytes of device memory a call of topk_mask_cuda works in; absent without CUDA."""
 
+score_step_tensors: int
+"""The most layers that one call of score_step_cuda takes; absent without CUDA."""
+
+def score_step_cuda(
+    scores: Sequence[int],
+    buffers: Sequence[int],
+    weights: Sequence[int],
+    grads: Sequence[int],
+    sizes: Sequence[int],
+    grad_dtype: int,
+    lr: float,
+    device_lr: int,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Step the scores of masks, in place; csrc/rtk.h, `ScoreStep`. device_lr is 0 for none."""
+
 def topk_mask_cuda(
     ptrs: Sequence[int],
     sizes: Sequence[int],
@@ -332,6 +353,37 @@ def live_tiles_cuda(
     /,
 ) -> None:
     """Write the words of `rtk.ops.live_tiles` for a tensor (k, c, r, s) of any strides."""
+
+def sparse_columns_cuda(
+    weights: Sequence[int],
+    sizes: Sequence[Sequence[int]],
+    out: Sequence[int],
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Write the lists of `rtk.ops.sparse_columns` for bf16 weights, K R S C in memory, dense.
+
+    sizes: k, c, r, s of each.
+    """
+
+def sparse_conv2d_cuda(
+    x: int,
+    columns: int,
+    bias: int,
+    out: int,
+    sizes: Sequence[int],
+    stride: int,
+    padding: int,
+    upsample: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """Convolve bf16, N H W C in memory, by the lists of `rtk.ops.sparse_columns`.
+
+    sizes: n, h, w, c, k, r, s, oh, ow; bias is fp32, or 0 where there is none.
+    """
 
 def positive_bits_cuda(x: int, bits: int, count: int, device: int, stream: int) -> None:
     """Write the bits of `rtk.ops.pack_positive` for count bf16 values, N H W K."""

@@ -3,7 +3,8 @@
 A layer alone masks and casts its weight itself, in a launch of its own. `mask_model` hangs a hook
 before and one after the model's forward: the first folds all masks into one arena, where the layers
 find their weights until the second. So a weight is as fresh as the forward that uses it, however it
-was changed, and in a captured CUDA graph the launch is part of the graph.
+was changed, and in a captured CUDA graph the launch is part of the graph. Layers that `tune` gave
+another path than cuDNN find the lists that it reads there too.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rtk.nn._trace import harmless
-from rtk.nn.masked_conv2d import MaskedConv2d
-from rtk.ops.fold_weights import FoldLayer, FoldPlan
+from rtk.nn.masked_conv2d import MaskedConv2d, PreparedWeight
+from rtk.ops._conv_paths import PATHS, lists_of
+from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 
 
 class _Plan:
@@ -42,8 +44,24 @@ class _Plan:
         if versions != self._versions:  # a backward that still waits for the old ones must fail
             torch.autograd.graph.increment_version([layer.weight for layer in folded])
             self._versions = versions
-        for layer, ready in zip(self.layers, folded, strict=True):
-            layer._prepared = ready
+        every = self._lists(folded)
+        for layer, ready, lists in zip(self.layers, folded, every, strict=True):
+            layer._prepared = PreparedWeight(ready.weight, ready.turned, lists)
+
+    def _lists(self, folded: list[FoldedLayer]) -> list[dict[tuple[str, int], Tensor | None]]:
+        """Make the lists of all layers, one call a path."""
+        wanted: dict[str, list[tuple[int, int]]] = {path: [] for path in PATHS[1:]}
+        ways = 2 if torch.is_grad_enabled() else 1
+        for i, layer in enumerate(self.layers):
+            for way in range(ways):
+                for path in {paths[way] for paths in layer._paths_for.values()} - {"cudnn"}:
+                    wanted[path].append((i, way))
+        lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
+        for path, users in wanted.items():
+            weights = [folded[i].turned if way else folded[i].weight for i, way in users]
+            for (i, way), each in zip(users, lists_of(path, weights), strict=True):
+                lists[i][path, way] = each
+        return lists
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()

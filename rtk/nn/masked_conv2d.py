@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,8 +10,23 @@ from torch import Tensor, nn
 
 from rtk import ops
 from rtk.nn._masked import MaskedLayer, adopt, fold_into
-from rtk.ops.fold_weights import FoldedLayer
+from rtk.ops._conv_paths import CUDNN
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedWeight:
+    """What a model's forward has prepared of a layer's weight.
+
+    Attributes:
+        weight: (K, C, R, S), masked and cast, channels_last.
+        turned: `ops.turn_filter(weight)`.
+        lists: what paths other than cuDNN read, by path and way (0: forward, 1: input gradient).
+    """
+
+    weight: Tensor
+    turned: Tensor
+    lists: dict[tuple[str, int], Tensor | None]
 
 
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
@@ -39,12 +55,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     """
 
     _legend = "(K, C, R, S)"
-    _prepared: FoldedLayer | None = None  # by the model's forward, while that runs
+    _prepared: PreparedWeight | None = None  # by the model's forward, while that runs
 
     def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # By the input's shape: what `rtk.nn.tune` found to be faster.
-        self._skips_for: dict[tuple[int, ...], tuple[bool, bool]] = {}
+        # By the input's shape, of the forward and the input's gradient: what `rtk.nn.tune` found
+        # to be fastest.
+        self._paths_for: dict[tuple[int, ...], tuple[str, str]] = {}
         self._init_mask(mask)
 
     @classmethod
@@ -59,19 +76,22 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self._prepared is not None and input.dim() == 4:
+        ready = self._prepared
+        if ready is not None and input.dim() == 4:
+            paths = self._paths_for.get(tuple(input.shape), CUDNN)
             return masked_conv2d_prepared(
                 input,
                 self.weight,
                 self.mask,
-                self._prepared.weight,
-                self._prepared.turned,
+                ready.weight,
+                ready.turned,
                 self.bias,
                 self.stride,
                 padding,
                 self.dilation,
                 self.groups,
-                self._skips_for.get(tuple(input.shape), (False, False)),
+                paths,
+                [ready.lists.get((path, way)) for way, path in enumerate(paths)],
             )
         return ops.masked_conv2d(
             input,

@@ -1,69 +1,38 @@
-"""tune: measure, layer by layer, whether skipping dead blocks of weights beats cuDNN.
+"""tune: measure, layer by layer, by which path a masked convolution is fastest.
 
-What is measured is kept with the layer, by input shape, and in a file, so that a second process
-does not measure again. A layer that was not tuned runs cuDNN on prepared weights.
+The paths are those of `rtk.ops.masked_conv2d.masked_conv2d_prepared`: cuDNN on prepared weights,
+"skip" for blocks that are all zero, "sparse" for weights that are very sparse. What is measured is
+kept with the layer, by input shape, and in a file, so that a second process does not measure again.
+A layer that was not tuned runs cuDNN.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtk._version import __version__
 from rtk.errors import RtkError
+from rtk.nn._graph_ms import graph_ms
+from rtk.nn._layer_times import LayerTimes, TimesFile
 from rtk.nn.masked_conv2d import MaskedConv2d
-from rtk.ops import live_tiles, prepare_weight, tuning, turn_filter
-from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input
-from rtk.ops.masked_conv2d import why_not_skip
-from rtk.runs import atomic_write
-
-_GAIN = 0.97  # of cuDNN's time: what must be undercut
-_CALLS, _REPLAYS = 10, 5
-
-
-@dataclass(frozen=True)
-class LayerTimes:
-    """Of one layer on one input shape: milliseconds on prepared weights, and what is taken.
-
-    Attributes:
-        layer: its name in the model.
-        shape: (N, C, H, W) of its input.
-        live: share of the 64 x 64 blocks of weights that are not all zero.
-        cudnn, skip: milliseconds of (forward, input gradient); None: cannot be done.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    live: float
-    cudnn: tuple[float, float]
-    skip: tuple[float | None, float | None]
-
-    @property
-    def skips(self) -> tuple[bool, bool]:
-        """Whether (forward, input gradient) skip dead blocks."""
-        forward, bwd_input = (
-            skip is not None and skip < _GAIN * cudnn
-            for skip, cudnn in zip(self.skip, self.cudnn, strict=True)
-        )
-        return forward, bwd_input
+from rtk.ops import live_tiles, prepare_weight, sparse_columns, tuning, turn_filter
+from rtk.ops._conv_paths import PATHS, lists_of, why_not_path
+from rtk.ops.live_tiles import BLOCK
+from rtk.ops.masked_conv2d import masked_conv2d_prepared
+from rtk.ops.sparse_columns import TAPS, listed_share
 
 
 def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
-    """Let every masked convolution of `model` take what is faster, in bf16, on these shapes.
+    """Let every masked convolution of `model` take what is fastest, in bf16, on these shapes.
 
     The model runs once, in the mode that it is in and without gradients; batch norm in train mode
     updates its statistics, so tune in eval mode. Then each layer is timed on random activations of
     its shape, as CUDA graph replays. Tickets whose dead weights fill whole blocks of 64 x 64
-    channels gain from it; others stay with cuDNN. Tune again when the mask has changed a lot: a
-    choice that is out of date costs time, never exactness.
+    channels gain from it, and those of which 97 % and more is dead; others stay with cuDNN. Tune
+    again when the mask has changed a lot: a choice that is out of date costs time, never exactness.
 
     Args:
         model: on a GPU; its masked convolutions' masks are bool.
@@ -71,7 +40,8 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
 
     Returns:
         One `LayerTimes` a masked convolution and input shape, in the order of the forward; those
-        with padding "same" or "valid" are left out, as they are always cuDNN's.
+        with padding "same" or "valid", or with other values than zeros around, are left out, as
+        they are always cuDNN's.
 
     Raises:
         RtkError: if the model is not on a GPU, or a CUDA graph is being captured.
@@ -86,17 +56,26 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
     names = {
         layer: name
         for name, layer in model.named_modules()
-        if isinstance(layer, MaskedConv2d) and not isinstance(layer.padding, str)
+        if isinstance(layer, MaskedConv2d)
+        and not isinstance(layer.padding, str)
+        and layer.padding_mode == "zeros"
     }
-    shapes = _shapes(model, list(names), inputs)
-    memory = _Memory(device)
+    file = TimesFile(device)
     found = []
-    for layer, shape in shapes:
-        times = memory.get(layer, shape, names[layer]) or _measure(layer, shape, names[layer])
-        memory.put(layer, shape, times)
-        layer._skips_for[shape] = times.skips
+    for layer, shape in _shapes(model, list(names), inputs):
+        with torch.no_grad():
+            weight = prepare_weight(
+                layer.weight, layer.mask, dtype=torch.bfloat16, channels_last=True
+            )
+            live = _live_share(weight)
+            key = _key(layer, weight, live)
+            times = file.get(key, names[layer], shape)
+            if times is None:
+                times = LayerTimes(names[layer], shape, live, _measure(layer, weight, shape))
+        file.put(key, times)
+        layer._paths_for[shape] = times.taken
         found.append(times)
-    memory.save()
+    file.save()
     return found
 
 
@@ -121,118 +100,78 @@ def _shapes(
     return list(seen)
 
 
-def _measure(layer: MaskedConv2d, shape: tuple[int, ...], name: str) -> LayerTimes:
-    conv = *_geometry(layer), False, [0, 0], layer.groups
-    with torch.no_grad():
-        prepared = prepare_weight(
-            layer.weight, layer.mask, dtype=torch.bfloat16, channels_last=True
+def _measure(
+    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...]
+) -> dict[str, tuple[float | None, float | None]]:
+    """Return milliseconds of (forward, input gradient) by path."""
+    turned = turn_filter(prepared)
+    conv = _convolution(layer)
+    given = layer.weight, layer.mask, prepared, turned, None, *conv
+    x = torch.randn(shape, device=prepared.device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(masked_conv2d_prepared(x, *given))
+
+    def forward(path: str, lists: Tensor | None) -> Tensor:
+        return masked_conv2d_prepared(x, *given, (path, "cudnn"), (lists, None))
+
+    def bwd_input(path: str, lists: Tensor | None) -> Tensor:
+        return torch.ops.rtk.masked_conv2d_bwd_input(
+            grad, prepared, turned, shape, *conv, path, lists
         )
-        x = torch.randn(shape, device=prepared.device, dtype=torch.bfloat16)
-        x = x.contiguous(memory_format=torch.channels_last)
-        grad = torch.randn_like(torch.ops.aten.convolution(x, prepared, None, *conv))
-        turned = turn_filter(prepared)
-        options: dict[str, Any] = {"stride": conv[0][0], "padding": conv[1][0]}
 
-        def cudnn() -> Tensor:
-            return torch.ops.aten.convolution(x, prepared, None, *conv)
-
-        def cudnn_bwd_input() -> Tensor:
-            return torch.ops.aten.convolution_backward(
-                grad, x, prepared, None, *conv, [True, False, False]
-            )[0]
-
-        def skip() -> Tensor:
-            return fused_conv2d(x, prepared, live=live_tiles(prepared), **options)
-
-        def skip_bwd_input() -> Tensor:
-            words = live_tiles(turned)
-            return fused_conv2d_bwd_input(grad, turned, shape[2:], live=words, **options)
-
-        skips: tuple[float | None, float | None] = (None, None)
-        if _why_not(layer) is None:
-            with tuning():
-                skips = _graph_ms(skip), _graph_ms(skip_bwd_input)
-        times = _graph_ms(cudnn), _graph_ms(cudnn_bwd_input)
-        return LayerTimes(name, shape, _share(live_tiles(prepared), prepared), times, skips)
+    times: dict[str, tuple[float | None, float | None]] = {}
+    for path in PATHS:
+        if path != "cudnn" and _why_not(path, layer, conv) is not None:
+            times[path] = None, None
+            continue
+        with tuning():
+            times[path] = _graph_ms(forward, path, prepared), _graph_ms(bwd_input, path, turned)
+    return times
 
 
-def _why_not(layer: MaskedConv2d) -> str | None:
-    """Return why its dead blocks cannot be skipped by the GPU's kernel."""
+def _why_not(path: str, layer: MaskedConv2d, conv: tuple[Any, ...]) -> str | None:
+    """Return why the GPU's kernel of a path other than cuDNN cannot serve the layer."""
     if layer.mask.dtype != torch.bool:
         return "its mask is learned"
     if torch.cuda.get_device_capability(layer.weight.device) != (9, 0):
         return "the kernel is for compute capability 9.0"
     k, c, taps, _ = layer.weight.shape
-    if c % 64 or k % 64 or taps > 3:
-        return "the kernel takes channels in multiples of 64, and filters of up to 3x3"
-    return why_not_skip(layer.weight, *_geometry(layer), layer.groups)
+    multiple = 64 if path == "skip" else 8
+    if c % multiple or k % multiple or taps > 3:
+        return f"the kernel takes channels in multiples of {multiple}, and filters of up to 3x3"
+    return why_not_path(path, layer.weight, *conv)
 
 
-def _geometry(layer: MaskedConv2d) -> tuple[list[int], list[int], list[int]]:
-    padding = [0, 0] if layer.padding_mode != "zeros" else list(layer.padding)
-    return list(layer.stride), padding, list(layer.dilation)  # type: ignore[return-value]
+def _convolution(layer: MaskedConv2d) -> tuple[list[int], list[int], list[int], int]:
+    """Return stride, padding, dilation and groups."""
+    stride, padding, dilation = (
+        [int(size) for size in pair] for pair in (layer.stride, layer.padding, layer.dilation)
+    )
+    return stride, padding, dilation, layer.groups
 
 
-def _share(live: Tensor, weight: Tensor) -> float:
+def _live_share(weight: Tensor) -> float:
     """Return the share of live blocks; synchronises."""
-    bits = torch.arange(-(-weight.shape[1] // 64), device=live.device)
-    return ((live[..., None] >> bits) & 1).float().mean().item()
+    if weight.shape[1] > BLOCK**2:  # more than a word holds
+        return 1.0
+    bits = torch.arange(-(-weight.shape[1] // BLOCK), device=weight.device)
+    return ((live_tiles(weight)[..., None] >> bits) & 1).float().mean().item()
 
 
-def _graph_ms(run: Callable[[], object]) -> float:
-    """Return milliseconds of a call, as part of a replayed CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_CALLS):
-            run()
-    graph.replay()
-    times = []
-    for _ in range(_REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / _CALLS)
-    return min(times)
+def _key(layer: MaskedConv2d, weight: Tensor, live: float) -> str:
+    """Return what a time depends on, but for the input's shape; synchronises."""
+    size = tuple(weight.shape)
+    listed = 1.0
+    if max(size[2:]) <= TAPS:
+        listed = listed_share(sparse_columns(weight), size)
+    return f"{size} {_convolution(layer)} live {live:.2g} listed {listed:.2g}"
 
 
-class _Memory:
-    """What was measured before: a JSON file, under everything that a time depends on."""
+def _graph_ms(run: Callable[[str, Tensor | None], object], path: str, weight: Tensor) -> float:
+    """Return milliseconds of a call; the lists of all are made first, as a model's forward does."""
 
-    def __init__(self, device: torch.device) -> None:
-        root = os.environ.get("RTK_CACHE") or Path.home() / ".cache" / "rtk"
-        self._path = Path(root) / "conv-times.json"
-        self._machine = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-        self._known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # none yet, or not ours: measured again
-            self._known = dict(json.loads(self._path.read_text()))
+    def calls(count: int) -> None:
+        for lists in lists_of(path, [weight] * count):
+            run(path, lists)
 
-    def get(self, layer: MaskedConv2d, shape: tuple[int, ...], name: str) -> LayerTimes | None:
-        known = self._known.get(self._key(layer, shape))
-        if known is None:
-            return None
-        values = {key: tuple(known[key]) for key in ("cudnn", "skip")}
-        return LayerTimes(name, shape, known["live"], **values)
-
-    def put(self, layer: MaskedConv2d, shape: tuple[int, ...], times: LayerTimes) -> None:
-        self._known[self._key(layer, shape)] = {
-            key: value for key, value in asdict(times).items() if key not in ("layer", "shape")
-        }
-
-    def save(self) -> None:
-        atomic_write(self._path, json.dumps(self._known, indent=1, sort_keys=True))
-
-    def _key(self, layer: MaskedConv2d, shape: tuple[int, ...]) -> str:
-        with torch.no_grad():
-            words = live_tiles((layer.mask != 0).expand(layer.weight.shape))
-        share = round(_share(words, layer.weight), 2)
-        conv = *_geometry(layer), layer.groups
-        sizes = f"{shape} {tuple(layer.weight.shape)} {conv} {share}"
-        return f"rtk {__version__}, {self._machine}, {sizes}"
+    return graph_ms(calls)

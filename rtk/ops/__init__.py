@@ -15,6 +15,9 @@ from rtk.ops.pgd_init import pgd_init
 from rtk.ops.pgd_step import pgd_step
 from rtk.ops.positive_bits import pack_positive, unpack_positive
 from rtk.ops.prepare_weight import prepare_weight
+from rtk.ops.score_step import score_step
+from rtk.ops.sparse_columns import sparse_columns
+from rtk.ops.sparse_conv2d import sparse_conv2d, sparse_conv2d_bwd_input
 from rtk.ops.stem_conv2d import stem_conv2d, stem_conv2d_bwd_input
 from rtk.ops.topk_mask import topk_mask, topk_mask_global
 from rtk.ops.topk_plan import TopkPlan, pack_mask
@@ -39,6 +42,10 @@ __all__ = [
     "pgd_init",
     "pgd_step",
     "prepare_weight",
+    "score_step",
+    "sparse_columns",
+    "sparse_conv2d",
+    "sparse_conv2d_bwd_input",
     "stem_conv2d",
     "stem_conv2d_bwd_input",
     "topk_mask",

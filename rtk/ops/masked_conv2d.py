@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rtk.errors import check_choice
-from rtk.ops import _compiled
+from rtk.ops import _compiled, _conv_paths, _masked_conv2d_eager
+from rtk.ops._conv_paths import CUDNN, why_not_path
 from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
-from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
-from rtk.ops.live_tiles import BLOCK, live_tiles
 from rtk.ops.prepare_weight import (
     FLOATS,
     apply_mask,
@@ -72,7 +71,9 @@ def masked_conv2d(
     padding = _pair("padding", padding)
     if input.dim() == 3:
         return _op(input[None], weight, mask, bias, stride, padding, dilation, groups)[0]
-    return _op(input, weight, mask, bias, stride, padding, dilation, groups)
+    conv = stride, padding, dilation, groups
+    result = _masked_conv2d_eager.convolve(input, weight, mask, None, bias, *conv)
+    return _op(input, weight, mask, bias, *conv) if result is None else result
 
 
 def _pair(name: str, value: IntPair) -> list[int]:
@@ -232,7 +233,8 @@ def masked_conv2d_prepared(
     padding: IntPair,
     dilation: IntPair,
     groups: int,
-    skips: Sequence[bool] = (False, False),
+    paths: Sequence[str] = CUDNN,
+    lists: Sequence[Tensor | None] = (None, None),
 ) -> Tensor:
     """`masked_conv2d` for whoever has prepared the weight already, as a model does for all layers.
 
@@ -241,47 +243,36 @@ def masked_conv2d_prepared(
         weight, mask: what gets the gradients; they are not read in the forward.
         prepared: `prepare_weight(weight, mask, dtype=...)` in the dtype that the input is in, or
             under autocast will be in. It must hold these values until after the backward.
-        turned: `turn_filter(prepared)`, which `skips[1]` uses; None makes it where it is needed.
+        turned: `turn_filter(prepared)`, which the input's gradient reads where its path is not
+            "cudnn"; None makes it where it is needed.
         bias, stride, padding, dilation, groups: as for `masked_conv2d`.
-        skips: whether blocks of 64 x 64 weights that are all zero are skipped (`live_tiles`), in
-            the forward and in the input's gradient. `why_not_skip` says what cannot.
+        paths: of the forward and of the input's gradient: "cudnn"; "skip", which passes over blocks
+            of 64 x 64 weights that are all zero; or "sparse", which multiplies only by weights that
+            are not. `rtk.nn.tune` measures which is faster, `why_not_path` says what cannot. A path
+            serves bf16 in channels_last on a GPU; for other activations it is cuDNN's.
+        lists: what the paths read beside `prepared` and `turned`: `live_tiles` or `sparse_columns`
+            of it; None makes them where they are needed.
 
     Returns:
         What `masked_conv2d` returns, with its gradients.
 
     Raises:
-        RtkError: as `masked_conv2d`; for a `prepared` of another shape, dtype or device; for a skip
-            that cannot be.
+        RtkError: as `masked_conv2d`; for a `prepared` of another shape, dtype or device; for a path
+            that cannot be taken.
     """
-    return _op_prepared(
-        input,
-        weight,
-        mask,
-        prepared,
-        turned,
-        bias,
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
-        groups,
-        list(skips),
+    require(
+        len(paths) == len(lists) == 2,
+        "masked_conv2d_prepared: paths and lists are of the forward and of the input's gradient, "
+        "got %s and %s of them",
+        len(paths),
+        len(lists),
     )
-
-
-def why_not_skip(
-    weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: IntPair, groups: int
-) -> str | None:
-    """Return why a convolution cannot skip dead blocks of its weight, or None where it can."""
-    taps = weight.shape[2]
-    if groups != 1 or set(_pair("dilation", dilation)) != {1}:
-        return "it has groups or dilation"
-    if weight.shape[3] != taps or stride[0] != stride[1] or padding[0] != padding[1]:
-        return "filter, stride and padding must be the same both ways"
-    if stride[0] > 2 or padding[0] >= taps:
-        return "stride must be 1 or 2, padding less than the filter"
-    if weight.shape[1] > BLOCK**2:
-        return f"it has more than {BLOCK**2} input channels"
-    return None
+    conv = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
+    if tuple(paths) == CUDNN:
+        result = _masked_conv2d_eager.convolve(input, weight, mask, prepared, bias, *conv)
+        if result is not None:
+            return result
+    return _op_prepared(input, weight, mask, prepared, turned, bias, *conv, *paths, *lists)
 
 
 def _check_prepared(
@@ -291,9 +282,9 @@ def _check_prepared(
     prepared: Tensor,
     turned: Tensor | None,
     bias: Tensor | None,
-    *conv_and_skips: Any,
+    *conv_and_paths: Any,
 ) -> None:
-    *conv, skips = conv_and_skips
+    *conv, path, bwd_path, _, _ = conv_and_paths
     _check(input, weight, mask, bias, *conv)
     k, c, *taps = weight.shape
     for name, tensor, shape in (("prepared", prepared, (k, c)), ("turned", turned, (c, k))):
@@ -311,8 +302,9 @@ def _check_prepared(
             input.device,
             tensor if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device),
         )
-    reason = why_not_skip(weight, *conv) if any(skips) else None
-    require(reason is None, "masked_conv2d_prepared: no block can be skipped: %s", reason)
+    for each in (path, bwd_path):
+        reason = why_not_path(each, weight, *conv)
+        require(reason is None, "masked_conv2d_prepared: path %r cannot be: %s", each, reason)
 
 
 def _forward_prepared(
@@ -322,31 +314,31 @@ def _forward_prepared(
     prepared: Tensor,
     turned: Tensor | None,
     bias: Tensor | None,
-    *conv_and_skips: Any,
+    *conv_and_paths: Any,
 ) -> Tensor:
-    return _convolve(input, prepared, bias, *conv_and_skips[:-1])
+    return _convolve(input, prepared, bias, *conv_and_paths[:-4])
 
 
-def _forward_skipping(
+def _forward_on_path(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor,
     turned: Tensor | None,
     bias: Tensor | None,
-    *conv_and_skips: Any,
+    *conv_and_paths: Any,
 ) -> Tensor:
-    *conv, (skip, _) = conv_and_skips
-    if not (skip and input.is_contiguous(memory_format=torch.channels_last)):
+    *conv, path, _, lists, _ = conv_and_paths
+    if not _conv_paths.takes(path, input):
         return _convolve(input, prepared, bias, *conv)
-    live = live_tiles(prepared)
-    return fused_conv2d(input, prepared, bias, live=live, stride=conv[0][0], padding=conv[1][0])
+    (stride, _), (padding, _) = conv[:2]
+    return _conv_paths.forward(path, lists, input, prepared, bias, stride, padding)
 
 
 _op_prepared = Op(
     "masked_conv2d_prepared(Tensor input, Tensor weight, Tensor mask, Tensor prepared, "
     "Tensor? turned, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "SymInt groups, bool[2] skips) -> Tensor",
+    "SymInt groups, str path, str bwd_path, Tensor? lists, Tensor? bwd_lists) -> Tensor",
     _check_prepared,
     _forward_prepared,
 )
@@ -362,7 +354,8 @@ def _check_bwd_input(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    skip: bool,
+    path: str,
+    lists: Tensor | None,
 ) -> None:
     require(
         len(input_size) == 4 and input_size[1] == prepared.shape[1] * groups,
@@ -370,6 +363,8 @@ def _check_bwd_input(
         prepared.shape[1] * groups,
         tuple(input_size),
     )
+    reason = why_not_path(path, prepared, stride, padding, dilation, groups)
+    require(reason is None, "masked_conv2d_bwd_input: path %r cannot be: %s", path, reason)
 
 
 def _bwd_input(
@@ -377,34 +372,36 @@ def _bwd_input(
     prepared: Tensor,
     turned: Tensor | None,
     input_size: Sequence[int],
-    *conv_and_skip: Any,
+    *conv_and_path: Any,
 ) -> Tensor:
     if any(isinstance(size, int) and size == 0 for size in input_size):
         return grad.new_empty(input_size)  # for no images, torch's fake has other strides
     channels_last = torch.channels_last in (memory_format(grad), memory_format(prepared))
     input = _shape_only(grad, input_size, channels_last)
     needs = [True, False, False]
-    return _convolve_backward(grad, input, prepared, *conv_and_skip[:-1], needs=needs)[0]
+    return _convolve_backward(grad, input, prepared, *conv_and_path[:-2], needs=needs)[0]
 
 
-def _bwd_input_skipping(
+def _bwd_input_on_path(
     grad: Tensor,
     prepared: Tensor,
     turned: Tensor | None,
     input_size: Sequence[int],
-    *conv_and_skip: Any,
+    *conv_and_path: Any,
 ) -> Tensor:
-    *conv, skip = conv_and_skip
-    if not (skip and grad.is_contiguous(memory_format=torch.channels_last) and grad.numel()):
-        return _bwd_input(grad, prepared, turned, input_size, *conv_and_skip)
-    turned = turn_filter(prepared) if turned is None else turned
-    options = {"stride": conv[0][0], "padding": conv[1][0], "live": live_tiles(turned)}
-    return fused_conv2d_bwd_input(grad, turned, input_size[2:], **options)
+    *conv, path, lists = conv_and_path
+    if not _conv_paths.takes(path, grad):
+        return _bwd_input(grad, prepared, turned, input_size, *conv_and_path)
+    (stride, _), (padding, _) = conv[:2]
+    return _conv_paths.bwd_input(
+        path, lists, grad, prepared, turned, input_size[2:], stride, padding
+    )
 
 
 _op_bwd_input = Op(
     "masked_conv2d_bwd_input(Tensor grad, Tensor prepared, Tensor? turned, SymInt[] input_size, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool skip) -> Tensor",
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str path, "
+    "Tensor? lists) -> Tensor",
     _check_bwd_input,
     _bwd_input,
 )
@@ -457,9 +454,9 @@ def _implement(backend: str, why_not: Callable[..., str | None], *runs: Callable
 
 
 # Backends differ in how they prepare the weight, which prepare_weight, itself an op, decides; and
-# a GPU can skip blocks of it.
+# a GPU has other paths than cuDNN.
 _implement("cpu", _compiled.why_not_cpu, _forward_prepared, _bwd_input, _bwd_weight)
-_implement("cuda", _compiled.why_not_cuda, _forward_skipping, _bwd_input_skipping, _bwd_weight)
+_implement("cuda", _compiled.why_not_cuda, _forward_on_path, _bwd_input_on_path, _bwd_weight)
 
 
 @_op.implementation("reference")
@@ -485,33 +482,36 @@ def _run_and_save(
     prepared: Tensor,
     turned: Tensor | None,
     bias: Tensor | None,
-    *conv_and_skips: Any,
+    *conv_and_paths: Any,
 ) -> Tensor:
     """Convolve; keep for `_gradients` what those of (input, weight, mask, bias) that need one use.
 
     The activations are kept for the weight's gradient only: an attack does not pay for them.
     """
     need_input, need_weight, need_mask, _ = needs
+    *ctx.conv, _, ctx.path, _, lists = conv_and_paths
     ctx.save_for_backward(
         input if need_weight or need_mask else None,
         weight,
         mask,
         prepared if need_input else None,
         turned if need_input else None,
+        lists if need_input else None,
     )
-    *ctx.conv, skips = conv_and_skips
-    ctx.needs, ctx.skip = needs, skips[1]
+    ctx.needs = needs
     ctx.input_size = input.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
-    return _op_prepared.below_autograd(input, weight, mask, prepared, turned, bias, *conv_and_skips)
+    return _op_prepared.below_autograd(input, weight, mask, prepared, turned, bias, *conv_and_paths)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, prepared, turned = ctx.saved_tensors
+    input, weight, mask, prepared, turned, lists = ctx.saved_tensors
     need_input, need_weight, need_mask, need_bias = ctx.needs
     grad_input = grad_bias = None
     if need_input:
-        grad_input = _op_bwd_input(grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.skip)
+        grad_input = _op_bwd_input(
+            grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.path, lists
+        )
     gradients: list[Tensor] = []
     if need_weight or need_mask:
         gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, [need_weight, need_mask])
@@ -534,7 +534,7 @@ class _AutogradPrepared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_input, grad_weight, grad_mask, grad_bias = _gradients(ctx, grad)
-        return grad_input, grad_weight, grad_mask, None, None, grad_bias, *[None] * 5
+        return grad_input, grad_weight, grad_mask, None, None, grad_bias, *[None] * 8
 
 
 class _Autograd(torch.autograd.Function):
@@ -548,8 +548,8 @@ class _Autograd(torch.autograd.Function):
             weight, mask, input.dtype, wants_channels_last(input, weight)
         )
         needs = ctx.needs_input_grad[:4]
-        skips = [False, False]
-        return _run_and_save(ctx, needs, input, weight, mask, prepared, None, bias, *conv, skips)
+        rest = None, bias, *conv, *CUDNN, None, None
+        return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
 
     @staticmethod
     @once_differentiable

@@ -11,6 +11,7 @@ from torch import nn
 
 import rtk
 from rtk.nn import MaskedConv2d, _prepare, fold, mask_model
+from rtk.ops import live_tiles, sparse_columns
 
 LAST = torch.channels_last
 
@@ -122,6 +123,25 @@ def test_a_backward_after_the_weights_changed_fails(together):
         model(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         old.backward()
+
+
+def test_a_layer_finds_the_lists_of_its_paths(together):
+    model, x = small(), images()
+    layer = layers(model)[2]
+    found = []
+    layer.register_forward_pre_hook(lambda m, _: found.append(m._prepared))
+    layer._paths_for[4, 16, 5, 5] = ("sparse", "skip")
+    run(model, x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    before, inference = found
+    wanted = {
+        ("sparse", 0): sparse_columns(before.weight),
+        ("skip", 1): live_tiles(before.turned),
+    }
+    assert before.lists.keys() == wanted.keys()
+    assert all(torch.equal(before.lists[key], wanted[key]) for key in wanted)
+    assert inference.lists.keys() == {("sparse", 0)}  # there is no gradient to come
 
 
 def test_nothing_is_left_after_an_error(together):

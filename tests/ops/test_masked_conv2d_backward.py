@@ -182,7 +182,8 @@ def test_autocast_leaves_float64_alone():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("turned", [True, False])
-def test_skipping_dead_blocks_changes_nothing(stride, turned, device):
+@pytest.mark.parametrize("path", ["skip", "sparse"])
+def test_another_path_changes_nothing(path, stride, turned, device):
     x = torch.randn(2, 128, 6, 5).to(device).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 128, 3, 3).to(device)
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -190,21 +191,21 @@ def test_skipping_dead_blocks_changes_nothing(stride, turned, device):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x, ready = x.to(dtype), prepare_weight(weight, mask, dtype=dtype, channels_last=True)
     results = []
-    for skips in ([False, False], [True, True]):
+    for paths in (["cudnn", "cudnn"], [path, path]):
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         given = *leaves, mask, ready, turn_filter(ready) if turned else None, None
-        out = masked_conv2d_prepared(*given, stride, 1, 1, 1, skips)
+        out = masked_conv2d_prepared(*given, stride, 1, 1, 1, paths)
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
         results.append([t.float() for t in (out.detach(), *grads)])
     tolerance = 2e-2 if device == "cuda" else 1e-4
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
 
 
-def test_what_cannot_be_skipped_is_refused():
+def test_a_path_that_cannot_be_is_refused():
     given = tensors("cpu")
     bias = given.pop("bias")
-    with pytest.raises(RtkError, match=r"no block can be skipped.*groups or dilation"):
+    with pytest.raises(RtkError, match=r"path 'skip' cannot be.*groups or dilation"):
         masked_conv2d_prepared(
             **given, prepared=given["weight"], turned=None, bias=bias,
-            stride=1, padding=1, dilation=2, groups=1, skips=(True, False),
+            stride=1, padding=1, dilation=2, groups=1, paths=("skip", "cudnn"),
         )  # fmt: skip

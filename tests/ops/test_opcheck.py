@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rtk.ops import backend as forced
-from rtk.ops import pack_positive
+from rtk.ops import pack_positive, sparse_columns
 from rtk.ops._registry import ops
 
 
@@ -43,6 +43,8 @@ S3 = {"stride": 1, "padding": 1, "pool": False}
 S7 = {"stride": 2, "padding": 3, "pool": True}
 BACKWARD = {"input_size": [2, 3, 4, 5], "dtype": torch.float32, "channels_last": False}
 HALF = torch.bfloat16
+CUDNN = ("cudnn", "cudnn", None, None)
+OTHERS = ("skip", "sparse", torch.ones(1, 9, dtype=torch.int64), None)
 
 
 def samples() -> dict[str, list[tuple[tuple, dict]]]:
@@ -65,6 +67,7 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
     middle = torch.full((2, 8, 1, 2), 4, dtype=torch.uint8)
     bn, small_grad = torch.rand(4) + 0.5, randn(2, 4, 7, 6)
     bits = torch.randint(16, (2, 7, 6, 1), dtype=torch.uint8)
+    columns = sparse_columns(w_full.detach().bfloat16())
     return {
         "masked_conv2d": [
             ((x, w, m, bias, *CONV), {}),
@@ -74,16 +77,16 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w, float_mask, bias, *CONV), {}),
         ],
         "masked_conv2d_bwd_input": [
-            ((up, w.detach(), None, [2, 4, 7, 6], *CONV, False), {}),
-            ((up_last, w_last.detach(), None, [2, 4, 7, 6], *CONV, False), {}),
-            ((up[:0], w.detach(), None, [0, 4, 7, 6], *CONV, False), {}),
-            ((small, w_full.detach(), None, [2, 4, 7, 6], *ONCE, True), {}),
+            ((up, w.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None), {}),
+            ((up_last, w_last.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None), {}),
+            ((up[:0], w.detach(), None, [0, 4, 7, 6], *CONV, "cudnn", None), {}),
+            ((small, w_full.detach(), None, [2, 4, 7, 6], *ONCE, "skip", None), {}),
         ],
         "masked_conv2d_prepared": [
-            ((x, w, m, w.detach(), None, bias, *CONV, [False, False]), {}),
-            ((x_last, w, float_mask, w_last.detach(), None, None, *CONV, [False, False]), {}),
-            ((half, w, m, w.detach().bfloat16(), None, bias, *CONV, [False, False]), {}),
-            ((x, w_full, w_full > 0, w_full.detach(), None, None, *ONCE, [True, True]), {}),
+            ((x, w, m, w.detach(), None, bias, *CONV, *CUDNN), {}),
+            ((x_last, w, float_mask, w_last.detach(), None, None, *CONV, *CUDNN), {}),
+            ((half, w, m, w.detach().bfloat16(), None, bias, *CONV, *CUDNN), {}),
+            ((x, w_full, w_full > 0, w_full.detach(), None, None, *ONCE, *OTHERS), {}),
         ],
         "masked_conv2d_bwd_weight": [
             ((up, x.detach(), w.detach(), m, *CONV, [True, False]), {}),
@@ -119,6 +122,12 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((x.detach(), w_full.detach(), None, None, None, words), FUSED | {"density": 0.5}),
         ],
         "live_tiles": [((w_full,), {}), ((m,), {}), ((half[:, :, :3, :3],), {})],
+        "sparse_columns": [(([w_full.bfloat16(), half[:, :, :3, :2].detach()],), {})],
+        "sparse_conv2d": [
+            ((half.detach(), columns, [6, 4, 3, 3], None, 2, 1, 1, None), {}),
+            ((half.detach(), columns, [6, 4, 3, 3], bias, 1, 2, 2, [14, 12]), {}),
+            ((half.detach()[:0], columns, [6, 4, 3, 3], None, 1, 1, 1, [5, 5]), {}),
+        ],
         "conv2d_bwd_weight_live": [
             ((small, x, words, [6, 4, 3, 3], *LIVE, float_mask, True, 0.5), {}),
             ((small.bfloat16(), half, words, [6, 4, 3, 3], *LIVE, None, False, 0.5), {}),

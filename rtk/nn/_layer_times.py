@@ -1,0 +1,77 @@
+"""What `tune` measured of a layer, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtk._version import __version__
+from rtk.runs import atomic_write
+
+_GAIN = 0.97  # of cuDNN's time: what must be undercut
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Of one layer on one input shape: milliseconds on prepared weights, and what is taken.
+
+    Attributes:
+        layer: its name in the model.
+        shape: (N, C, H, W) of its input.
+        live: share of the 64 x 64 blocks of weights that are not all zero.
+        times: by path, "cudnn", "skip" and "sparse": milliseconds of (forward, input gradient), the
+            making of the lists that the path reads included; None: it cannot be taken.
+    """
+
+    layer: str
+    shape: tuple[int, ...]
+    live: float
+    times: dict[str, tuple[float | None, float | None]]
+
+    @property
+    def taken(self) -> tuple[str, str]:
+        """The paths of (forward, input gradient): the fastest that undercuts cuDNN by 3 %."""
+        return self._fastest(0), self._fastest(1)
+
+    def _fastest(self, way: int) -> str:
+        known = {path: times[way] for path, times in self.times.items()}
+        cudnn = known.pop("cudnn")
+        assert cudnn is not None
+        below = {path: ms for path, ms in known.items() if ms is not None and ms < _GAIN * cudnn}
+        return min(below, key=below.__getitem__, default="cudnn")
+
+
+class TimesFile:
+    """What was measured before, on this GPU: a JSON file, under all that a time depends on."""
+
+    def __init__(self, device: torch.device) -> None:
+        root = os.environ.get("RTK_CACHE") or Path.home() / ".cache" / "rtk"
+        self._path = Path(root) / "conv-times.json"
+        gpu = torch.cuda.get_device_name(device)
+        self._machine = f"rtk {__version__}, {gpu}, torch {torch.__version__}"
+        self._known: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # none yet, or not ours: measured again
+            self._known = dict(json.loads(self._path.read_text()))
+
+    def get(self, key: str, layer: str, shape: tuple[int, ...]) -> LayerTimes | None:
+        """Return what is known of a layer's sizes and sparsity, `key`, on inputs of `shape`."""
+        known = self._known.get(f"{self._machine}, {shape} {key}")
+        if known is None:
+            return None
+        times = {path: tuple(ms) for path, ms in known["times"].items()}
+        return LayerTimes(layer, shape, known["live"], times)
+
+    def put(self, key: str, times: LayerTimes) -> None:
+        """Keep what was measured; `save` writes it."""
+        entry = {"live": times.live, "times": times.times}
+        self._known[f"{self._machine}, {times.shape} {key}"] = entry
+
+    def save(self) -> None:
+        """Write the file."""
+        atomic_write(self._path, json.dumps(self._known, indent=1, sort_keys=True))
