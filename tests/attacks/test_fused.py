@@ -13,7 +13,6 @@ from torch.nn.utils.parametrizations import weight_norm
 from rtk import draw, models
 from rtk.attacks import PGD, fused
 from rtk.attacks.fused import FusedProgram, NotApplicable, route, why_not
-from rtk.attacks.fused.reader import recognise
 from rtk.attacks.gradient import autograd_gradient, cross_entropy, input_gradient
 from rtk.attacks.graphed import GraphedAttack
 from rtk.attacks.precision import CastImages
@@ -21,6 +20,8 @@ from rtk.config import DataConfig
 from rtk.cuda_graph import WARM_UP
 from rtk.data import load
 from rtk.nn import MaskedConv2d
+from rtk.nn._fused import program as forward_program
+from rtk.nn._fused.reader import recognise
 
 BF16 = torch.bfloat16
 
@@ -313,7 +314,7 @@ def test_refold_sees_new_weights_masks_and_statistics():
 
 def test_takes_two_launches_a_basic_block_and_three_a_bottleneck(monkeypatch):
     """One more each way where a block downsamples; and nothing is added or gated beside them."""
-    from rtk.attacks.fused import backward, program
+    from rtk.attacks.fused import backward
 
     for arch, expected in (("resnet18", 8 * 2 + 3), ("resnet50", 16 * 3 + 4)):
         calls = {"forward": 0, "backward": 0, "gate": 0}
@@ -327,7 +328,7 @@ def test_takes_two_launches_a_basic_block_and_three_a_bottleneck(monkeypatch):
 
         with monkeypatch.context() as patch:
             for module, name, kind in (
-                (program, "fused_conv2d", "forward"),
+                (forward_program, "fused_conv2d", "forward"),
                 (backward, "fused_conv2d", "backward"),
                 (backward, "fused_conv2d_bwd_input", "backward"),
                 (backward, "apply_gate", "gate"),

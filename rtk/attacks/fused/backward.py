@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rtk.attacks.fused.structure import Structure
+from rtk.nn._fused.structure import Structure
 from rtk.ops.fold_weights import FoldedLayer
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input
 from rtk.ops.positive_bits import unpack_positive

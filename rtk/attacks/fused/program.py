@@ -8,25 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from rtk.attacks.fused.backward import Backward, apply_gate
-from rtk.attacks.fused.layers import NotApplicable
-from rtk.attacks.fused.reader import recognise
-from rtk.attacks.fused.stem import BFloat16Stem, PlainStem, Saved
-from rtk.attacks.fused.structure import Step, Structure
-from rtk.attacks.fused.trace import unwrap
-from rtk.errors import RtkError
-from rtk.ops.fold_weights import FoldPlan
-from rtk.ops.fused_conv2d import fused_conv2d
+from rtk.attacks.fused.wrappers import unwrap
+from rtk.nn._fused.program import ForwardProgram
+from rtk.nn._fused.reader import recognise
+from rtk.nn._fused.stem import Saved
+from rtk.nn._fused.structure import Step, Structure
 
 
-class FusedProgram:
+class FusedProgram(ForwardProgram):
     """The input gradient of a ResNet-like network in eval mode, with its weights as constants.
 
-    The network is left alone: its convolutions, masks and batch norms are read by `refold` into
-    memory of the program's own, as weights of both directions. What follows the last ReLU (pooling
-    and the head) runs the network's own modules under autograd and the caller's autocast.
-
-    A basic block takes two launches each way, a bottleneck three, one more with a downsampling
-    convolution. Nothing synchronises, so it can be captured in a CUDA graph once it has run.
+    The folded weights are those of both directions. What follows the last ReLU (pooling and the
+    head) runs the network's own modules under autograd and the caller's autocast. A launch for
+    each of the forward's on the way back.
 
     Args:
         model: in eval mode; wrappers of torch.compile and DDP are looked through.
@@ -45,25 +39,7 @@ class FusedProgram:
         *,
         structure: Structure | None = None,
     ) -> None:
-        self.structure = recognise(unwrap(model)) if structure is None else structure
-        self.dtype = dtype
-        layers = self.structure.layers
-        self.device = layers[0].conv.weight.device
-        if dtype == torch.bfloat16 and layers[0].conv.weight.dtype != torch.float32:
-            raise NotApplicable(f"its weights are {layers[0].conv.weight.dtype}, not float32")
-        try:
-            self._plan = FoldPlan([layer.to_fold() for layer in layers], dtype)
-        except RtkError as error:  # of several precisions, or on several devices
-            raise NotApplicable(str(error)) from error
-        self._consumers = self.structure.consumers()
-        stem = BFloat16Stem if dtype == torch.bfloat16 else PlainStem
-        self._stem = stem(self.structure, self.device, dtype)
-
-    def refold(self) -> None:
-        """Read the network's weights and statistics anew: once before `gradient`, on any change."""
-        with torch.no_grad():
-            self._folded = self._plan()
-            self._stem.refold(self._folded[0])
+        super().__init__(recognise(unwrap(model)) if structure is None else structure, dtype)
 
     def gradient(
         self, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
@@ -93,46 +69,22 @@ class FusedProgram:
 
     def _forward(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor], dict[int, torch.Size], Saved]:
         """Return the last activation, and by value: gates, heights and widths; and the stem's."""
-        out, gate, saved = self._stem.forward(x)
-        values, gates, sizes = {0: out}, {0: gate}, {0: out.shape[2:]}
-        unread = list(self._consumers)
+        first, gate, saved = self._stem.forward(x)
+        gates, sizes = {0: gate}, {0: first.shape[2:]}
 
-        def read(number: int) -> Tensor:
-            unread[number] -= 1
-            return values[number] if unread[number] else values.pop(number)
+        def run(step: Step, source: Tensor, residual: Tensor | None) -> Tensor:
+            # What is kept for the way back is where the value is positive, as bits: so it lives no
+            # longer than the forward needs it. The last one is kept by the tail anyway, and gates
+            # a gradient that comes from no convolution.
+            bits = step.relu and step.out != self.structure.last
+            result = self._convolve(step, source, residual, save_positive=bits)
+            out, gate = result if isinstance(result, tuple) else (result, result)
+            if step.relu:
+                gates[step.out] = gate
+            sizes[step.out] = out.shape[2:]
+            return out
 
-        for step in self.structure.steps:
-            source = read(step.source)
-            residual = None if step.residual is None else read(step.residual)
-            out, positive = self._run(step, source, residual)
-            del source, residual
-            values[step.out], sizes[step.out] = out, out.shape[2:]
-            if positive is not None:
-                gates[step.out] = positive
-        return out, gates, sizes, saved
-
-    def _run(
-        self, step: Step, source: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return a step's value and what is kept of it for the way back: where it is positive.
-
-        As bits, so that an activation lives no longer than the forward needs it. The last one is
-        kept by the tail anyway, and gates a gradient that comes from no convolution.
-        """
-        layer, folded = self.structure.layers[step.out], self._folded[step.out]
-        bits = step.relu and step.out != self.structure.last
-        result = fused_conv2d(
-            source,
-            folded.weight,
-            folded.bias,
-            residual,
-            relu=step.relu,
-            stride=layer.stride,
-            padding=layer.padding,
-            save_positive=bits,
-        )
-        out, gate = result if bits else (result, result)
-        return out, gate if step.relu else None
+        return self._walk(first, run), gates, sizes, saved
 
     def _tail(
         self, activation: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]

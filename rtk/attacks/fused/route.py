@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from rtk import ops
-from rtk.attacks.fused.layers import NotApplicable
 from rtk.attacks.fused.program import FusedProgram
-from rtk.attacks.fused.reader import recognise
-from rtk.attacks.fused.trace import unwrap
 from rtk.attacks.fused.verify import Loss, Plain, verify
+from rtk.attacks.fused.wrappers import unwrap
+from rtk.nn._fused.layers import NotApplicable
+from rtk.nn._fused.reader import recognise
 from rtk.nn._trace import has_hooks
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm

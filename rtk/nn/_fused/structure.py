@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from rtk.attacks.fused.layers import Layer
+from rtk.nn._fused.layers import Layer
 
 Scale = Tensor | float | tuple[float, ...]
 

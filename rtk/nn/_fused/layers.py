@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rtk.nn import MaskedConv2d
+from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.ops.fold_weights import FoldLayer
 
 _DTYPES = (torch.float32, torch.float64)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rtk.attacks.fused.layers import Layer, NotApplicable, why_not_convolution, why_not_norm
-from rtk.attacks.fused.structure import Scale, Step, Structure
-from rtk.attacks.fused.trace import trace
-from rtk.nn import BatchNormAct2d
+from rtk.nn._fused.layers import Layer, NotApplicable, why_not_convolution, why_not_norm
+from rtk.nn._fused.structure import Scale, Step, Structure
+from rtk.nn._fused.trace import trace
 from rtk.nn._trace import describe
+from rtk.nn.batch_norm_act import BatchNormAct2d
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode

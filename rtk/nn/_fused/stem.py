@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rtk.attacks.fused.layers import Layer
-from rtk.attacks.fused.structure import Scale, Structure
+from rtk.nn._fused.layers import Layer
+from rtk.nn._fused.structure import Scale, Structure
 from rtk.ops.fold_weights import FoldedLayer
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input
 from rtk.ops.positive_bits import pack_positive
@@ -37,6 +37,10 @@ class _Stem:
         """Return the activation, (N, K, H, W), its gate (`gate_of`), and what `backward` needs."""
         raise NotImplementedError
 
+    def infer(self, x: Tensor) -> Tensor:
+        """Return the activation alone."""
+        raise NotImplementedError
+
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
         """Return the gradient in the images from the activation's, which is gated already.
 
@@ -48,16 +52,26 @@ class _Stem:
 class BFloat16Stem(_Stem):
     """By rtk.ops.stem_conv2d. Images of another dtype than fp32 and bf16 are cast to fp32."""
 
+    def __init__(self, structure: Structure, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(structure, device, dtype)
+        self._weight = torch.empty(self.layer.conv.weight.shape, device=device)
+
     def refold(self, folded: FoldedLayer) -> None:
         # The operators take fp32 and round to bf16, which these weights went through already.
-        self._weight = folded.weight.float().contiguous()
+        self._weight.copy_(folded.weight)  # in place: a captured graph reads it there
         self._bias = folded.bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Saved]:
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            x = x.float()
-        out, index, positive = stem_conv2d(
-            x,
+        out, index, positive = self._convolve(x, save_positive=True)
+        gate = positive if has_bits(out) else out
+        return out, gate, (x.shape, out.shape, index)
+
+    def infer(self, x: Tensor) -> Tensor:
+        return self._convolve(x, save_positive=False)[0]
+
+    def _convolve(self, x: Tensor, *, save_positive: bool) -> tuple[Tensor, ...]:
+        return stem_conv2d(
+            x if x.dtype in (torch.float32, torch.bfloat16) else x.float(),
             self._weight,
             self._bias,
             self.mean,
@@ -65,10 +79,8 @@ class BFloat16Stem(_Stem):
             stride=self.layer.stride,
             padding=self.layer.padding,
             pool=self.pool,
-            save_positive=True,
+            save_positive=save_positive,
         )
-        gate = positive if has_bits(out) else out
-        return out, gate, (x.shape, out.shape, index)
 
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
         size, _, index = saved
@@ -109,6 +121,9 @@ class PlainStem(_Stem):
         pooled, index = F.max_pool2d(out, 3, stride=2, padding=1, return_indices=True)
         pooled = pooled.contiguous(memory_format=torch.channels_last)
         return pooled, gate_of(pooled), (size, out.shape, index)
+
+    def infer(self, x: Tensor) -> Tensor:
+        return self.forward(x)[0]
 
     def backward(self, grad: Tensor, saved: Saved, taint: Tensor, channels_last: bool) -> Tensor:
         size, before, index = saved
