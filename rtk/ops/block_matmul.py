@@ -5,6 +5,7 @@ M rows of x (all its leading dimensions), N outputs, K inputs; blocks of bn x bk
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rtk.ops import _compiled
+from rtk.ops._fused_conv2d_cuda import DENSITY
 from rtk.ops._registry import Op, require
+from rtk.ops._triton import why_not_triton
 
 
 def block_matmul(
-    x: Tensor, weight: Tensor, block_mask: Tensor, block_size: int | Sequence[int]
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: int | Sequence[int],
+    *,
+    density: float = DENSITY,
 ) -> Tensor:
     """Multiply by a block-sparse weight: x @ (weight * expanded block_mask)^T.
 
@@ -26,20 +34,31 @@ def block_matmul(
         weight: (N, K), x's dtype or an fp32 master beside a bf16 or fp16 x.
         block_mask: (N / bn, K / bk), bool, or floating: it scales the blocks, 0 turns one off,
             and it may require grad.
-        block_size: (bn, bk), or one int for square blocks; must divide N and K.
+        block_size: (bn, bk), or one int for square blocks; must divide N and K. Blocks of 32, 64
+            or 128 are what the GPU kernel takes; others, and float64, take a dense product there.
+        density: the share of blocks that are on, 0 to 1, as far as it is known without asking the
+            GPU. It decides only how the work is cut up.
 
     Returns:
         (..., N) in x's dtype. Gradients (once): x; weight (exactly 0 in blocks that are off);
-        block_mask: per block sum(weight * dweight), without the dense dweight in memory.
+        block_mask: per block sum(weight * dweight), without the dense dweight in memory. Sums are
+        in fp32; fp32 products use TF32 where torch.backends.cuda.matmul.allow_tf32 is set.
 
     Raises:
         RtkError: if shapes, dtypes or devices do not fit.
     """
     size = [block_size, block_size] if isinstance(block_size, int) else list(block_size)
-    return _op(x, weight, block_mask, size)
+    return _op(x, weight, block_mask, size, density)
 
 
-def _check(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> None:
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> None:
+    require(0 <= density <= 1, "block_matmul: density must be 0 to 1, got %s", density)
     require(weight.dim() == 2, "block_matmul: weight must be (N, K), got %s", tuple(weight.shape))
     require(
         len(block_size) == 2 and min(block_size) >= 1,
@@ -111,6 +130,7 @@ def _empty_bwd_weight(
     block_mask: Tensor,
     block_size: Sequence[int],
     needs: Sequence[bool],
+    density: float = DENSITY,
 ) -> list[Tensor]:
     outs = []
     if needs[0]:
@@ -120,7 +140,13 @@ def _empty_bwd_weight(
     return outs
 
 
-def _check_bwd_input(grad: Tensor, weight: Tensor, block_mask: Tensor, size: Sequence[int]) -> None:
+def _check_bwd_input(
+    grad: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    size: Sequence[int],
+    density: float = DENSITY,
+) -> None:
     require(
         grad.shape[-1] == weight.shape[0],
         "block_matmul: grad must be (..., N) with N = %s, got %s",
@@ -136,25 +162,27 @@ def _check_bwd_weight(
     block_mask: Tensor,
     block_size: Sequence[int],
     needs: Sequence[bool],
+    density: float = DENSITY,
 ) -> None:
     _check(x, weight, block_mask, block_size)
 
 
 _op = Op(
-    "block_matmul(Tensor x, Tensor weight, Tensor block_mask, SymInt[2] block_size) -> Tensor",
+    "block_matmul(Tensor x, Tensor weight, Tensor block_mask, SymInt[2] block_size, "
+    f"float density={DENSITY}) -> Tensor",
     _check,
     _empty,
 )
 _op.autocast_first_argument()
 _op_bwd_input = Op(
-    "block_matmul_bwd_input(Tensor grad, Tensor weight, Tensor block_mask, SymInt[2] block_size)"
-    " -> Tensor",
+    "block_matmul_bwd_input(Tensor grad, Tensor weight, Tensor block_mask, SymInt[2] block_size, "
+    f"float density={DENSITY}) -> Tensor",
     _check_bwd_input,
     _empty_bwd_input,
 )
 _op_bwd_weight = Op(
     "block_matmul_bwd_weight(Tensor grad, Tensor x, Tensor weight, Tensor block_mask, "
-    "SymInt[2] block_size, bool[2] needs) -> Tensor[]",
+    f"SymInt[2] block_size, bool[2] needs, float density={DENSITY}) -> Tensor[]",
     _check_bwd_weight,
     _empty_bwd_weight,
 )
@@ -194,14 +222,24 @@ def _multiply_cpu(
 
 
 @_op.implementation("cpu", _why_not_cpu)
-def _cpu(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> Tensor:
     out = _empty(x, weight)
     return _multiply_cpu("block_matmul_cpu", x, weight, block_mask, block_size, out)
 
 
 @_op_bwd_input.implementation("cpu", _why_not_cpu)
 def _bwd_input_cpu(
-    grad: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
+    grad: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
 ) -> Tensor:
     out = _empty_bwd_input(grad, weight)
     return _multiply_cpu("block_matmul_bwd_input_cpu", grad, weight, block_mask, block_size, out)
@@ -215,6 +253,7 @@ def _bwd_weight_cpu(
     block_mask: Tensor,
     block_size: Sequence[int],
     needs: Sequence[bool],
+    density: float = DENSITY,
 ) -> list[Tensor]:
     grad, x, weight = _rows(grad), _rows(x), weight.contiguous()
     blocks = block_mask.float().contiguous()
@@ -237,14 +276,135 @@ def _bwd_weight_cpu(
     return [g for g in (grad_weight, grad_blocks) if g is not None]
 
 
+_SIZES = (32, 64, 128)
+
+
+def _why_not_triton_kernel(
+    x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
+) -> str | None:
+    if not set(block_size) <= set(_SIZES):
+        return f"its blocks are 32, 64 or 128 wide, got {tuple(block_size)}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # On the CPU, for the tests; its bf16 product is wrong.
+        return _compiled.why_not_dtype(x, "x", torch.float32)
+    reason = why_not_triton(x) or _compiled.why_not_dtype(
+        x, "x", torch.bfloat16, torch.float16, torch.float32
+    )
+    if reason is None and torch.cuda.get_device_capability(x.device) < (9, 0):
+        reason = "it is cut for GPUs of compute capability 9.0 or more"
+    return reason
+
+
+def _why_not_triton(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> str | None:
+    return _why_not_triton_kernel(x, weight, block_mask, block_size)
+
+
+def _why_not_triton_bwd_weight(
+    grad: Tensor, x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int], *_: Any
+) -> str | None:
+    return _why_not_triton_kernel(x, weight, block_mask, block_size)
+
+
+def _multiply_triton(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    out: Tensor,
+    **options: Any,
+) -> Tensor:
+    from rtk.ops import _block_matmul_triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    if out.numel() == 0 or rows.numel() == 0:
+        return out.zero_()
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    flat = out.view(rows.shape[0], -1)
+    _block_matmul_triton.multiply(rows, weight, block_mask, block_size, flat, tf32=tf32, **options)
+    return out
+
+
+@_op.implementation("triton", _why_not_triton)
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> Tensor:
+    out = _empty(x, weight)
+    return _multiply_triton(x, weight, block_mask, block_size, out, density=density)
+
+
+@_op_bwd_input.implementation("triton", _why_not_triton)
+def _bwd_input_triton(
+    grad: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> Tensor:
+    out = _empty_bwd_input(grad, weight)
+    options = {"density": density, "input_gradient": True}
+    return _multiply_triton(grad, weight, block_mask, block_size, out, **options)
+
+
+@_op_bwd_weight.implementation("triton", _why_not_triton_bwd_weight)
+def _bwd_weight_triton(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    needs: Sequence[bool],
+    density: float = DENSITY,
+) -> list[Tensor]:
+    from rtk.ops import _block_matmul_triton
+
+    outs = _empty_bwd_weight(grad, x, weight, block_mask, block_size, needs)
+    grad, x = (t.reshape(-1, t.shape[-1]) for t in (grad, x))
+    if x.numel() == 0 or grad.numel() == 0:
+        return [out.zero_() for out in outs]
+    scores = _block_matmul_triton.multiply_weight(
+        grad,
+        x,
+        weight,
+        block_mask,
+        block_size,
+        outs[0] if needs[0] else None,
+        scores=needs[1],
+        density=density,
+        tf32=torch.backends.cuda.matmul.allow_tf32,
+    )
+    if scores is not None:
+        outs[-1].copy_(scores)
+    return outs
+
+
 @_op.implementation("reference")
-def _reference(x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]) -> Tensor:
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
+) -> Tensor:
     return _empty(x, weight).copy_(x @ _scaled(weight, block_mask, block_size).to(x.dtype).t())
 
 
 @_op_bwd_input.implementation("reference")
 def _bwd_input_reference(
-    grad: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
+    grad: Tensor,
+    weight: Tensor,
+    block_mask: Tensor,
+    block_size: Sequence[int],
+    density: float = DENSITY,
 ) -> Tensor:
     product = grad @ _scaled(weight, block_mask, block_size).to(grad.dtype)
     return _empty_bwd_input(grad, weight).copy_(product)
@@ -258,6 +418,7 @@ def _bwd_weight_reference(
     block_mask: Tensor,
     block_size: Sequence[int],
     needs: Sequence[bool],
+    density: float = DENSITY,
 ) -> list[Tensor]:
     dense = (_rows(grad).t() @ _rows(x)).to(weight.dtype)
     gradients = []
@@ -273,27 +434,32 @@ def _bwd_weight_reference(
 class _Autograd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, block_mask: Tensor, block_size: Sequence[int]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        block_mask: Tensor,
+        block_size: Sequence[int],
+        density: float = DENSITY,
     ) -> Tensor:
         need_weight = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(x if need_weight else None, weight, block_mask)
-        ctx.block_size = block_size
-        return _op.below_autograd(x, weight, block_mask, block_size)
+        ctx.block_size, ctx.density = block_size, density
+        return _op.below_autograd(x, weight, block_mask, block_size, density)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, block_mask = ctx.saved_tensors
         need_x, need_weight, need_mask = ctx.needs_input_grad[:3]
-        grad_x = _op_bwd_input(grad, weight, block_mask, ctx.block_size) if need_x else None
+        cut = (block_mask, ctx.block_size)
+        grad_x = _op_bwd_input(grad, weight, *cut, ctx.density) if need_x else None
         gradients: list[Tensor] = []
         if need_weight or need_mask:
-            gradients = _op_bwd_weight(
-                grad, x, weight, block_mask, ctx.block_size, [need_weight, need_mask]
-            )
+            needs = [need_weight, need_mask]
+            gradients = _op_bwd_weight(grad, x, weight, *cut, needs, ctx.density)
         grad_weight = gradients.pop(0) if need_weight else None
         grad_mask = gradients.pop(0) if need_mask else None
-        return grad_x, grad_weight, grad_mask, None
+        return grad_x, grad_weight, grad_mask, None, None
 
 
 _op.autograd(_Autograd)
