@@ -12,6 +12,7 @@ from rtk.errors import RtkError, check_choice
 from rtk.granularity import Granularity
 
 SCOPES = ("global", "layer")
+SCORE_INITS = ("weight_rank", "kaiming")
 NORMS = ("linf", "l2")
 TRANSFER_MODES = ("finetune", "linear_bn_update", "linear_frozen")
 
@@ -309,27 +310,47 @@ class PretrainConfig(StageConfig):
         )
 
 
+def lmp_train() -> TrainConfig:
+    """What learns a mask: 150 epochs, batch 64, lr 0.1 (/ 10 at 50 and 100), wd 5e-4 (RST)."""
+    return TrainConfig(epochs=150, batch_size=64, lr=0.1, weight_decay=5e-4, milestones=(50, 100))
+
+
+def _unnamed() -> DataConfig:
+    return DataConfig(name="")
+
+
 @dataclass(frozen=True)
 class DrawConfig(StageConfig):
     """Draw a ticket, a sparse subnetwork, out of a pretrained network.
 
     Args:
         checkpoint: the pretrained network: a run's folder or its checkpoint.safetensors.
-        scheme: omp (one-shot magnitude pruning).
+        scheme: omp (one-shot magnitude pruning) or lmp (a mask learned on a task's images, under
+            frozen weights).
         sparsity: fraction of the prunable weights that become zero, in [0, 1); null is 0.8, or
             what N:M means.
         granularity: element, row, kernel, channel, block-64 (or block-KxC: tiles of output and
-            input channels) or 2:4 (or another N:M); docs/pruning.md tells them apart.
-        scope: global (one ranking over all layers) or layer (the same sparsity in each).
+            input channels) or 2:4 (or another N:M, not for lmp); docs/pruning.md tells them apart.
+        scope: global (one ranking over all layers) or layer (the same sparsity in each); null is
+            layer for lmp, else global.
         include_first: prune the first convolution too.
+        data: of lmp: the task's images.
+        train: of lmp: how scores and head are trained.
+        score_init: of lmp: where scores start, weight_rank (random values in the order of the
+            weights' magnitudes) or kaiming (random).
+        save_scores: of lmp: keep the scores beside the ticket, in scores.safetensors.
     """
 
     checkpoint: str = ""
     scheme: str = "omp"
     sparsity: float | None = None
     granularity: str = "element"
-    scope: str = "global"
+    scope: str | None = None
     include_first: bool = False
+    data: DataConfig = field(default_factory=_unnamed)
+    train: TrainConfig = field(default_factory=lmp_train)
+    score_init: str = "weight_rank"
+    save_scores: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -338,7 +359,22 @@ class DrawConfig(StageConfig):
         # Stored as what they stand for: "block" and "block-64" are one run, as null and 0.8 are.
         object.__setattr__(self, "sparsity", check_sparsity(asked, granularity.name))
         object.__setattr__(self, "granularity", granularity.name)
-        check_choice("scope", self.scope, SCOPES)
+        if self.scope is None:
+            object.__setattr__(self, "scope", "layer" if self.scheme == "lmp" else "global")
+        check_choice("scope", str(self.scope), SCOPES)
+        check_choice("score_init", self.score_init, SCORE_INITS)
+        _require(
+            self.scheme != "lmp" or granularity.n_of_m is None,
+            "granularity",
+            "element, row, kernel, channel or a block for lmp",
+            granularity.name,
+        )
+        _require(
+            self.scheme != "lmp" or bool(self.data.name),
+            "data.name",
+            "the images that lmp learns a mask on, e.g. --data.name digits[5-9]",
+            self.data.name,
+        )
 
 
 def _transfer_train() -> TrainConfig:

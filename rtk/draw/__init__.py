@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from rtk.config import DrawConfig
+from rtk.draw import learned
 from rtk.draw.granularity import group_scores, mask_shape, prunable_layers
+from rtk.draw.lmp import LmpStep, lmp, make_lmp_step
 from rtk.draw.omp import omp
 from rtk.identity import claim_folder, config_hash, to_dict
 from rtk.registry import Registry
@@ -21,13 +23,18 @@ schemes: Registry[Callable[[nn.Module, DrawConfig], Ticket]] = Registry("scheme"
 
 @schemes.register("omp")
 def _omp(model: nn.Module, config: DrawConfig) -> Ticket:
-    return omp(model, config.sparsity, config.granularity, config.scope, config.include_first)
+    scope = str(config.scope)  # resolved by the configuration
+    return omp(model, config.sparsity, config.granularity, scope, config.include_first)
+
+
+schemes.register("lmp")(learned.draw)
 
 
 def run(config: DrawConfig) -> Path:
     """Draw a ticket as `config` says and return its path.
 
-    A ticket that is there already, drawn alike from the same checkpoint, is left as it is.
+    A ticket that is there already, drawn alike from the same checkpoint, is left as it is. A scheme
+    that trains goes on where it was stopped.
 
     Raises:
         RtkError: for bad settings or checkpoint, or a ticket in the folder that is damaged.
@@ -54,10 +61,21 @@ def run(config: DrawConfig) -> Path:
             "granularity": config.granularity,
             "sparsity": config.sparsity,
             "actual_sparsity": ticket.sparsity,
+            **ticket.meta.get("lineage", {}),
         },
     }
     dataclasses.replace(ticket, meta=meta).save(path)
     return path
 
 
-__all__ = ["group_scores", "mask_shape", "omp", "prunable_layers", "run", "schemes"]
+__all__ = [
+    "LmpStep",
+    "group_scores",
+    "lmp",
+    "make_lmp_step",
+    "mask_shape",
+    "omp",
+    "prunable_layers",
+    "run",
+    "schemes",
+]

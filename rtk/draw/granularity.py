@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtk.errors import RtkError
 from rtk.granularity import Granularity
+from rtk.ops.score_step import tile_sums
 
 
 def mask_shape(weight: Tensor, granularity: str) -> torch.Size:
@@ -36,8 +36,7 @@ def group_scores(weight: Tensor, granularity: str) -> Tensor:
     if kind.tile:
         k, c = _within(kind.tile, weight)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # fp16 sums overflow
-        padded = F.pad(scores, (0, 0, 0, 0, 0, -weight.shape[1] % c, 0, -weight.shape[0] % k))
-        sums = padded.unflatten(1, (-1, c)).unflatten(0, (-1, k)).sum((1, 3))
+        sums = tile_sums(scores, k, c)
         return sums / group_sizes(weight, granularity).to(sums.device)
     dims = tuple(range(weight.dim() - kind.shared, weight.dim()))
     return scores.mean(dims, keepdim=True) if dims else scores

@@ -78,10 +78,10 @@ def _ranked_masks(
     scores = [group_scores(weight, kind.name) for weight in weights]
     sizes = [group_sizes(weight, kind.name) for weight in weights]
     if scope == "global":
-        kept = _groups_kept(scores, sizes, sparsity)
+        kept = groups_kept(scores, sizes, sparsity)
         groups = ops.topk_mask_global(scores, kept)
     else:
-        each = [_groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
+        each = [groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
         groups = ops.topk_mask(scores, each)
     return [expand_groups(g.cpu(), w, kind.name) for g, w in zip(groups, weights, strict=True)]
 
@@ -106,7 +106,7 @@ def _n_of_m_masks(
     ]
 
 
-def _groups_kept(scores: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: float) -> int:
+def groups_kept(scores: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: float) -> int:
     """Return how many groups stay, so that the pruned weights just reach the asked number."""
     groups = sum(s.numel() for s in scores)
     weights = sum(

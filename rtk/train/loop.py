@@ -53,6 +53,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     resume: bool = True,
     label: str = "train",
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
     """Train `model` and leave checkpoint.safetensors and metrics.jsonl in `folder`.
 
@@ -70,6 +71,8 @@ def train(
         evaluate: called every `eval_every` epochs and after the last; its numbers go into the log.
         resume: go on from the folder's checkpoint, if there is one; else start over.
         label: what the progress bar and the lines are called.
+        optimizer: of the model as it lies in memory; by default the configuration's SGD over all
+            parameters that require grad.
 
     Returns:
         The trained model.
@@ -82,7 +85,8 @@ def train(
     channels_last, amp = resolve_arithmetic(config, device)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(model.parameters(), config)
+    if optimizer is None:
+        optimizer = make_optimizer(model.parameters(), config)
     trained = model if network is None else network
     step_options: dict[str, Any] = {
         "amp": amp,
