@@ -99,10 +99,25 @@ def _parser() -> Parser:
     demo.add_argument("--jobs", type=int, default=2, help="stages at a time")
     commands.add_subcommand("demo", demo, help="everything once, in two minutes")
 
+    doctor = Parser(
+        description="Print versions, GPU, what was compiled and which backend ops take; with "
+        "--layers, how fast the layers of a ticket are."
+    )
+    doctor.add_argument(
+        "--layers",
+        nargs=2,
+        metavar=("MODEL", "TICKET"),
+        help="time every masked convolution on the GPU beside the dense one: MODEL is a run with a "
+        "checkpoint or an architecture, e.g. resnet50, TICKET a run with a ticket (or the files)",
+    )
+    doctor.add_argument(
+        "--image_size",
+        type=int,
+        help="of --layers: pixels (default: 32 for a 3x3 stem, else 224)",
+    )
+    doctor.add_argument("--batch_size", type=int, default=128, help="of --layers: images at a time")
     commands.add_subcommand(
-        "doctor",
-        Parser(description="Print versions, GPU, what was compiled and which backend ops take."),
-        help="what is installed and which backends the ops take",
+        "doctor", doctor, help="what is installed and which backends the ops take"
     )
     for name, stage in STAGES.items():
         text = (stage.__doc__ or "").strip().splitlines()[0]
@@ -138,9 +153,15 @@ def _demo(arguments: Namespace) -> None:
 
 
 def _doctor(arguments: Namespace) -> None:
-    from rtk import doctor
+    if arguments.layers is None:
+        from rtk import doctor
 
-    print(doctor.describe())
+        print(doctor.describe())
+        return
+    from rtk import layers_report
+
+    sizes = {"image_size": arguments.image_size, "batch_size": arguments.batch_size}
+    print(layers_report.describe_layers(*arguments.layers, **sizes))
 
 
 def _report(arguments: Namespace) -> None:

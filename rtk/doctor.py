@@ -12,6 +12,7 @@ from rtk import ops as public_ops  # noqa: F401  (declares the ops that are list
 from rtk._version import __version__
 from rtk.ops import _compiled
 from rtk.ops._registry import ops
+from rtk.ops.sparse_columns import lists_shape
 
 _PACKAGES = (
     "torch",
@@ -90,16 +91,17 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     no_index = torch.empty(0, device=device, dtype=torch.uint8)
     images = x.to(memory_format=torch.channels_last)
     words = torch.ones(1, 9, device=device, dtype=torch.int64)
+    columns = torch.zeros(lists_shape(weight.shape), device=device, dtype=torch.int32)
     numbers = torch.rand(8, device=device)
     batch_norm = (images, None, numbers, numbers, numbers)
     return {
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
         "masked_conv2d_prepared": (
-            (x, weight, mask, weight.to(dtype), None, None, *conv, [False] * 2),
+            (x, weight, mask, weight.to(dtype), None, None, *conv, "cudnn", "cudnn", None, None),
             {},
         ),
-        "masked_conv2d_bwd_input": ((x, weight.to(dtype), None, x.shape, *conv, False), {}),
+        "masked_conv2d_bwd_input": ((x, weight.to(dtype), None, x.shape, *conv, "cudnn", None), {}),
         "masked_conv2d_bwd_weight": ((x, x, weight, mask, *conv, [True, False]), {}),
         "pgd_step": ((pixels, pixels, pixels), {**ball, "step_size": 0.1}),
         "pgd_init": ((pixels,), {**ball, "seed": 0}),
@@ -111,6 +113,8 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "stem_conv2d": ((pixels, filter, eight, three, three), {**stem, "save_positive": False}),
         "stem_conv2d_bwd_input": ((upstream, no_index, filter, three), stem_bwd),
         "live_tiles": ((weight.detach(),), {}),
+        "sparse_columns": (([weight.detach().bfloat16()],), {}),
+        "sparse_conv2d": ((x.bfloat16(), columns, weight.shape, None, 1, 1, 1, None), {}),
         "conv2d_bwd_weight_live": ((x, x, words, weight.shape, *conv[:3], mask, True, 0.5), {}),
         "max_pool2d": ((images,), {}),
         "max_pool2d_bwd": ((images, images.to(torch.uint8), [8, 8]), {}),

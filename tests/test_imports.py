@@ -27,8 +27,9 @@ LEAVES = {
 STAGES = {"pretrain", "draw", "transfer", "evaluate", "report"}
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"recipes", "report", "doctor"},
+    "cli": {"recipes", "report", "doctor", "layers_report"},
     "doctor": {"ops"},
+    "layers_report": {"train", "models", "nn", "ticket", "ops"},
     "recipes": STAGES,
     "pretrain": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
     "draw": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},

@@ -1,0 +1,117 @@
+"""`rtk doctor --layers`: its table, and what it refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+import rtk
+from rtk import cli, layers_report
+from rtk.errors import RtkError
+from rtk.models import ModelSpec, create
+from rtk.nn import LayerTimes, mask_model
+
+FOUND = [
+    LayerTimes(
+        "0",
+        (4, 64, 8, 8),
+        1 / 9,
+        {"cudnn": (1.0, 2.0), "skip": (0.25, None), "sparse": (0.5, 1.5)},
+    ),
+    LayerTimes("1", (4, 64, 8, 8), 1.0, {"cudnn": (0.5, 0.75), "skip": (0.6, 0.7405)}),
+]
+
+
+@pytest.fixture
+def masked():
+    options = {"kernel_size": 3, "bias": False}
+    layers = [nn.Conv2d(64, 64, padding=p, **options) for p in (1, 1, "same")]
+    mask = torch.zeros(64, 64, 3, 3, dtype=torch.bool)
+    mask[:, :, 0, 0] = True
+    tickets = {"0": mask, "1": torch.ones_like(mask), "2": torch.ones(64, 64, 1, 1).bool()}
+    return mask_model(nn.Sequential(*layers), rtk.Ticket(tickets))
+
+
+def test_the_table_sets_each_path_beside_the_dense_layer(masked):
+    header, first, second, third, sums = layers_report.table(masked, FOUND).splitlines()
+    ways = ["ms", "dense"]
+    assert header.split() == [
+        *("layer", "input", "filters", "kept", "blocks"),
+        *("forward", *ways, "input", "gradient", *ways),
+    ]
+    assert first.split() == [
+        *("0", "4x64x8x8", "64x64x3x3", "11.1%", "11%"),
+        *("skip", "0.2500", "1.0000", "sparse", "1.5000", "2.0000"),
+    ]
+    assert second.split()[3:] == [
+        *("100.0%", "100%", "cudnn", "0.5000", "0.5000", "cudnn", "0.7500", "0.7500"),
+    ]
+    assert third.split() == ["2", "64x64x3x3", "100.0%", "cudnn", "cudnn"]
+    assert sums.split() == ["all", "0.7500", "1.5000", "2.2500", "2.7500"]
+    assert third.index("cudnn") == first.index("skip")
+
+
+def test_a_ticket_without_convolutions_is_refused():
+    model = mask_model(nn.Sequential(nn.Linear(2, 2)), rtk.Ticket({"0": torch.ones(2, 2).bool()}))
+    with pytest.raises(RtkError, match="masks no convolution; expected one as `rtk draw` makes it"):
+        layers_report.table(model, [])
+
+
+def test_without_a_gpu_one_line_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["doctor", "--layers", "net", "ticket"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "doctor --layers: expected a GPU to time the layers on" in err
+    assert "run it on a machine that has one" in err
+
+
+def test_the_command_line_hands_everything_on(monkeypatch, capsys):
+    asked = []
+
+    def describe(*names, **sizes):
+        asked.append((names, sizes))
+        return "the table"
+
+    monkeypatch.setattr(layers_report, "describe_layers", describe)
+    assert cli.main(["doctor", "--layers", "net", "ticket"]) == 0
+    sizes = ["--image_size", "64", "--batch_size", "7"]
+    assert cli.main(["doctor", "--layers", "a", "b", *sizes]) == 0
+    assert capsys.readouterr().out == "the table\n" * 2
+    assert asked == [
+        (("net", "ticket"), {"image_size": None, "batch_size": 128}),
+        (("a", "b"), {"image_size": 64, "batch_size": 7}),
+    ]
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 0}, {"batch_size": -1}])
+def test_sizes_below_one_are_refused(sizes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    [(name, value)] = sizes.items()
+    with pytest.raises(RtkError, match=f"{name}: expected at least 1, got {value}"):
+        layers_report.describe_layers("net", "ticket", **sizes)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "nowhere"])
+def test_an_architecture_takes_the_tickets_stem_and_width(model):
+    spec = ModelSpec("resnet18", "3x3", 0.125, 3, (0.5,) * 3, (0.25,) * 3)
+    ticket = rtk.draw.omp(create(spec), 0.5)
+    if model == "nowhere":
+        with pytest.raises(RtkError, match="checkpoint nowhere cannot be read"):
+            layers_report._network(model, ticket)
+    else:
+        found = layers_report._network(model, ticket).spec
+        assert (found.arch, found.stem, found.width) == ("resnet18", "3x3", 0.125)
+
+
+@pytest.mark.gpu
+def test_a_network_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("RTK_CACHE", str(tmp_path / "cache"))
+    spec = ModelSpec("resnet18", "3x3", 1.0, 3, (0.5,) * 3, (0.25,) * 3)
+    ticket = rtk.draw.omp(create(spec), 0.9, "block-64", scope="layer")
+    ticket.save(tmp_path / "ticket.safetensors")
+    text = layers_report.describe_layers("resnet18", str(tmp_path), batch_size=64)
+    title, blank, header, *rows, sums = text.splitlines()
+    assert title.startswith("resnet18, block-64 ticket, ") and "64 images of 32 x 32 on" in title
+    assert blank == "" and header.startswith("layer") and sums.startswith("all")
+    assert [row.split()[0] for row in rows] == list(ticket.masks)
+    assert all(row.split()[5] in ("cudnn", "skip", "sparse") for row in rows)
