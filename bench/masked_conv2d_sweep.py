@@ -9,8 +9,8 @@ each [forward, input gradient, weight gradient] in milliseconds a layer. Times o
 depend on which weights are zero: ready is measured once a shape, masked once a mask's shape.
 
 What is known is not measured again; `of` is the density that was. Going from sparse to dense by
-element, row or kernel, once `tune` takes cuDNN both ways, denser masks take the same kernels and
-cost the same. Rows and kernels of a 1x1 filter are its elements, masks that keep everything are
+element, row or kernel, once `tune` takes cuDNN all three ways, denser masks take the same kernels
+and cost the same. Rows and kernels of a 1x1 filter are its elements, masks that keep everything are
 alike, and so are those that keep as many groups.
 """
 
@@ -42,11 +42,12 @@ from rtk.draw.granularity import mask_shape
 
 WHAT = (
     "Masked convolutions, milliseconds a layer: [forward, input gradient, weight gradient]; bf16, "
-    "channels_last, medians of replayed CUDA graphs; see bench/masked_conv2d_sweep.py"
+    "channels_last, medians of replayed CUDA graphs, each way tuned; see "
+    "bench/masked_conv2d_sweep.py"
 )
 GRANULARITIES = ("element", "row", "kernel", "channel", "block-64", "2:4")
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
-_CUDNN = ["cudnn", "cudnn"]
+_CUDNN = ["cudnn"] * 3
 _EACH = ("channel", "block-64")  # each density has a compact layer, or blocks of its own
 
 
@@ -96,7 +97,7 @@ class _Cases:
 
     def run(self, granularity: str, densities: Sequence[float]) -> None:
         """Measure one granularity, from sparse to dense."""
-        settled: dict[str, Any] | None = None  # a row for which cuDNN is taken both ways
+        settled: dict[str, Any] | None = None  # a row for which cuDNN is taken all ways
         by_kept: dict[int, dict[str, Any] | None] = {}  # few groups: several densities are one
         for density in densities:
             kept, groups = groups_kept(self.shape, granularity, density)

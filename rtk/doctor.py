@@ -11,6 +11,7 @@ import torch
 from rtk import ops as public_ops  # noqa: F401  (declares the ops that are listed)
 from rtk._version import __version__
 from rtk.ops import _compiled
+from rtk.ops._conv_paths import CUDNN, NO_LISTS
 from rtk.ops._registry import ops
 from rtk.ops.sparse_columns import lists_shape
 
@@ -98,11 +99,14 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
         "masked_conv2d_prepared": (
-            (x, weight, mask, weight.to(dtype), None, None, *conv, "cudnn", "cudnn", None, None),
+            (x, weight, mask, weight.to(dtype), None, None, *conv, *CUDNN, *NO_LISTS, 0.5),
             {},
         ),
         "masked_conv2d_bwd_input": ((x, weight.to(dtype), None, x.shape, *conv, "cudnn", None), {}),
-        "masked_conv2d_bwd_weight": ((x, x, weight, mask, *conv, [True, False]), {}),
+        "masked_conv2d_bwd_weight": (
+            (x, x, weight, mask, *conv, [True, False], "cudnn", None, 0.5),
+            {},
+        ),
         "pgd_step": ((pixels, pixels, pixels), {**ball, "step_size": 0.1}),
         "pgd_init": ((pixels,), {**ball, "seed": 0}),
         "fused_conv2d": ((x, weight.to(dtype), None, None, None), fused),

@@ -16,7 +16,7 @@ from rtk.ticket import TICKET, Ticket
 from rtk.train import Checkpoint
 
 _FIELDS = ("layer", "input", "filters", "kept", "blocks")
-_WAYS = ("forward", "input gradient")
+_WAYS = ("forward", "input gradient", "weight gradient")
 _HEADER = (*_FIELDS, *(cell for way in _WAYS for cell in (way, "ms", "dense")))
 _NAMES = {0, *range(len(_FIELDS), len(_HEADER), 3)}  # columns of text, which start at the left
 
@@ -35,9 +35,9 @@ def describe_layers(
 
     Returns:
         A line for each masked convolution: its shape; the share of its weights that the ticket
-        keeps, and of its 64 x 64 blocks that are not all zero; and of the forward and of the
-        input's gradient the path taken, its milliseconds, and those of the dense convolution by
-        cuDNN. Below, the sums.
+        keeps, and of its 64 x 64 blocks that are not all zero; and of the forward, of the input's
+        and of the weight's gradient the path taken, its milliseconds, and those of the dense
+        convolution by cuDNN, where the weight's gradient is masked too. Below, the sums.
 
     Raises:
         RtkError: without a GPU; for a size below 1; for files that cannot be read or do not fit

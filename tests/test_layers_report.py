@@ -15,9 +15,9 @@ FOUND = [
         "0",
         (4, 64, 8, 8),
         1 / 9,
-        {"cudnn": (1.0, 2.0), "skip": (0.25, None), "sparse": (0.5, 1.5)},
+        {"cudnn": (1.0, 2.0, 3.0), "skip": (0.25, None, 2.5), "sparse": (0.5, 1.5, None)},
     ),
-    LayerTimes("1", (4, 64, 8, 8), 1.0, {"cudnn": (0.5, 0.75), "skip": (0.6, 0.7405)}),
+    LayerTimes("1", (4, 64, 8, 8), 1.0, {"cudnn": (0.5, 0.75, 1.0), "skip": (0.6, 0.7405, 1.0)}),
 ]
 
 
@@ -36,17 +36,18 @@ def test_the_table_sets_each_path_beside_the_dense_layer(masked):
     ways = ["ms", "dense"]
     assert header.split() == [
         *("layer", "input", "filters", "kept", "blocks"),
-        *("forward", *ways, "input", "gradient", *ways),
+        *("forward", *ways, "input", "gradient", *ways, "weight", "gradient", *ways),
     ]
     assert first.split() == [
         *("0", "4x64x8x8", "64x64x3x3", "11.1%", "11%"),
-        *("skip", "0.2500", "1.0000", "sparse", "1.5000", "2.0000"),
+        *("skip", "0.2500", "1.0000", "sparse", "1.5000", "2.0000", "skip", "2.5000", "3.0000"),
     ]
     assert second.split()[3:] == [
         *("100.0%", "100%", "cudnn", "0.5000", "0.5000", "cudnn", "0.7500", "0.7500"),
+        *("cudnn", "1.0000", "1.0000"),
     ]
-    assert third.split() == ["2", "64x64x3x3", "100.0%", "cudnn", "cudnn"]
-    assert sums.split() == ["all", "0.7500", "1.5000", "2.2500", "2.7500"]
+    assert third.split() == ["2", "64x64x3x3", "100.0%", "cudnn", "cudnn", "cudnn"]
+    assert sums.split() == ["all", "0.7500", "1.5000", "2.2500", "2.7500", "3.5000", "4.0000"]
     assert third.index("cudnn") == first.index("skip")
 
 
@@ -114,4 +115,5 @@ def test_a_network_is_measured(tmp_path, monkeypatch):
     assert title.startswith("resnet18, block-64 ticket, ") and "64 images of 32 x 32 on" in title
     assert blank == "" and header.startswith("layer") and sums.startswith("all")
     assert [row.split()[0] for row in rows] == list(ticket.masks)
-    assert all(row.split()[5] in ("cudnn", "skip", "sparse") for row in rows)
+    for column, paths in ((5, ("cudnn", "skip", "sparse")), (11, ("cudnn", "skip"))):
+        assert all(row.split()[column] in paths for row in rows)

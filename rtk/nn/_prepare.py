@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from rtk.nn._trace import harmless
-from rtk.nn.masked_conv2d import MaskedConv2d, PreparedWeight
-from rtk.ops._conv_paths import PATHS, lists_of
+from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, PreparedWeight
+from rtk.ops._conv_paths import PATHS, lists_of, whole_mask
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 
 
@@ -50,17 +50,21 @@ class _Plan:
 
     def _lists(self, folded: list[FoldedLayer]) -> list[dict[tuple[str, int], Tensor | None]]:
         """Make the lists of all layers, one call a path."""
-        wanted: dict[str, list[tuple[int, int]]] = {path: [] for path in PATHS[1:]}
-        ways = 2 if torch.is_grad_enabled() else 1
-        for i, layer in enumerate(self.layers):
-            for way in range(ways):
+        wanted: dict[str, dict[tuple[int, int], Tensor]] = {path: {} for path in PATHS[1:]}
+        for i, (layer, ready) in enumerate(zip(self.layers, folded, strict=True)):
+            sources = [ready.weight]  # by way
+            if torch.is_grad_enabled():
+                sources.append(ready.turned)
+                if layer.weight.requires_grad:  # its words serve the forward too
+                    sources.append(whole_mask(layer.weight, layer.mask))
+            for way, source in enumerate(sources):
                 for path in {paths[way] for paths in layer._paths_for.values()} - {"cudnn"}:
-                    wanted[path].append((i, way))
+                    wanted[path][i, LISTS_OF[way]] = source
         lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
         for path, users in wanted.items():
-            weights = [folded[i].turned if way else folded[i].weight for i, way in users]
-            for (i, way), each in zip(users, lists_of(path, weights), strict=True):
-                lists[i][path, way] = each
+            made = lists_of(path, list(users.values()))
+            for (i, of), each in zip(users, made, strict=True):
+                lists[i][path, of] = each
         return lists
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from rtk.errors import RtkError, did_you_mean
 from rtk.nn._masked import MaskedLayer
 from rtk.nn._prepare import prepare_apart, prepare_together
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.nn.masked_linear import MaskedLinear
+from rtk.ops._layout import memory_format
 
 if TYPE_CHECKING:
     from rtk.ticket import Ticket
@@ -65,15 +66,20 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
     for name, mask in ticket.masks.items():
         module = modules[name]
         if isinstance(module, MaskedLayer):
-            module.set_mask(mask.clone())
+            module.set_mask(_laid_out(mask, module.weight))
         elif isinstance(module, nn.Conv2d):
-            new[module] = MaskedConv2d.from_conv(module, mask.clone())
+            new[module] = MaskedConv2d.from_conv(module, _laid_out(mask, module.weight))
         else:
             assert isinstance(module, nn.Linear)
             new[module] = MaskedLinear.from_linear(module, mask.clone())
     _swap(model, new)
     prepare_together(model)
     return model
+
+
+def _laid_out(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return a copy in the weight's memory format, in which the kernels read both fastest."""
+    return mask.clone(memory_format=memory_format(weight))
 
 
 def _fits(mask: tuple[int, ...], weight: tuple[int, ...]) -> bool:

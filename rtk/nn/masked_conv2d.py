@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from rtk import ops
 from rtk.nn._masked import MaskedLayer, adopt, fold_into
 from rtk.ops._conv_paths import CUDNN
+from rtk.ops._fused_conv2d_cuda import DENSITY
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
+
+LISTS_OF = (0, 1, 0)  # by way: forward, input gradient, weight gradient; see PreparedWeight.lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,8 @@ class PreparedWeight:
     Attributes:
         weight: (K, C, R, S), masked and cast, channels_last.
         turned: `ops.turn_filter(weight)`.
-        lists: what paths other than cuDNN read, by path and way (0: forward, 1: input gradient).
+        lists: what paths other than cuDNN read, by path and by what it is of: 0 the weight, for
+            the forward and for the weight's gradient, 1 `turned`, for the input's gradient.
     """
 
     weight: Tensor
@@ -56,12 +60,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     _legend = "(K, C, R, S)"
     _prepared: PreparedWeight | None = None  # by the model's forward, while that runs
+    _density: float = DENSITY  # of live blocks, as `rtk.nn.tune` found it
 
     def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # By the input's shape, of the forward and the input's gradient: what `rtk.nn.tune` found
-        # to be fastest.
-        self._paths_for: dict[tuple[int, ...], tuple[str, str]] = {}
+        # By the input's shape, of the forward, the input's and the weight's gradient: what
+        # `rtk.nn.tune` found to be fastest.
+        self._paths_for: dict[tuple[int, ...], tuple[str, str, str]] = {}
         self._init_mask(mask)
 
     @classmethod
@@ -91,7 +96,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
                 self.dilation,
                 self.groups,
                 paths,
-                [ready.lists.get((path, way)) for way, path in enumerate(paths)],
+                [ready.lists.get((path, of)) for path, of in zip(paths, LISTS_OF, strict=True)],
+                self._density,
             )
         return ops.masked_conv2d(
             input,

@@ -1,27 +1,26 @@
 """tune: measure, layer by layer, by which path a masked convolution is fastest.
 
 The paths are those of `rtk.ops.masked_conv2d.masked_conv2d_prepared`: cuDNN on prepared weights,
-"skip" for blocks that are all zero, "sparse" for weights that are very sparse. What is measured is
-kept with the layer, by input shape, and in a file, so that a second process does not measure again.
-A layer that was not tuned runs cuDNN.
+"skip" for blocks that are all zero, "sparse" for weights that are very sparse; forward, input and
+weight gradient choose apart, the last between the first two. What is measured is kept with the
+layer, by input shape, and in a file, so that a second process does not measure again. A layer that
+was not tuned runs cuDNN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rtk.errors import RtkError
-from rtk.nn._graph_ms import graph_ms
 from rtk.nn._layer_times import LayerTimes, TimesFile
+from rtk.nn._path_times import convolution, path_times
 from rtk.nn.masked_conv2d import MaskedConv2d
-from rtk.ops import live_tiles, prepare_weight, sparse_columns, tuning, turn_filter
-from rtk.ops._conv_paths import PATHS, lists_of, why_not_path
+from rtk.ops import live_tiles, prepare_weight, sparse_columns
+from rtk.ops._layout import memory_format
 from rtk.ops.live_tiles import BLOCK
-from rtk.ops.masked_conv2d import masked_conv2d_prepared
 from rtk.ops.sparse_columns import TAPS, listed_share
 
 
@@ -31,8 +30,9 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
     The model runs once, in the mode that it is in and without gradients; batch norm in train mode
     updates its statistics, so tune in eval mode. Then each layer is timed on random activations of
     its shape, as CUDA graph replays. Tickets whose dead weights fill whole blocks of 64 x 64
-    channels gain from it, and those of which 97 % and more is dead; others stay with cuDNN. Tune
-    again when the mask has changed a lot: a choice that is out of date costs time, never exactness.
+    channels gain from it, and those of which 97 % and more is dead; others stay with cuDNN. Weights
+    must be fp32 in channels_last for their gradient to gain. Tune again when the mask has changed
+    a lot: a choice that is out of date costs time, never exactness.
 
     Args:
         model: on a GPU; its masked convolutions' masks are bool.
@@ -71,9 +71,11 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
             key = _key(layer, weight, live)
             times = file.get(key, names[layer], shape)
             if times is None:
-                times = LayerTimes(names[layer], shape, live, _measure(layer, weight, shape))
+                times = LayerTimes(
+                    names[layer], shape, live, path_times(layer, weight, shape, live)
+                )
         file.put(key, times)
-        layer._paths_for[shape] = times.taken
+        layer._paths_for[shape], layer._density = times.taken, live
         found.append(times)
     file.save()
     return found
@@ -100,56 +102,6 @@ def _shapes(
     return list(seen)
 
 
-def _measure(
-    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...]
-) -> dict[str, tuple[float | None, float | None]]:
-    """Return milliseconds of (forward, input gradient) by path."""
-    turned = turn_filter(prepared)
-    conv = _convolution(layer)
-    given = layer.weight, layer.mask, prepared, turned, None, *conv
-    x = torch.randn(shape, device=prepared.device, dtype=torch.bfloat16)
-    x = x.contiguous(memory_format=torch.channels_last)
-    grad = torch.randn_like(masked_conv2d_prepared(x, *given))
-
-    def forward(path: str, lists: Tensor | None) -> Tensor:
-        return masked_conv2d_prepared(x, *given, (path, "cudnn"), (lists, None))
-
-    def bwd_input(path: str, lists: Tensor | None) -> Tensor:
-        return torch.ops.rtk.masked_conv2d_bwd_input(
-            grad, prepared, turned, shape, *conv, path, lists
-        )
-
-    times: dict[str, tuple[float | None, float | None]] = {}
-    for path in PATHS:
-        if path != "cudnn" and _why_not(path, layer, conv) is not None:
-            times[path] = None, None
-            continue
-        with tuning():
-            times[path] = _graph_ms(forward, path, prepared), _graph_ms(bwd_input, path, turned)
-    return times
-
-
-def _why_not(path: str, layer: MaskedConv2d, conv: tuple[Any, ...]) -> str | None:
-    """Return why the GPU's kernel of a path other than cuDNN cannot serve the layer."""
-    if layer.mask.dtype != torch.bool:
-        return "its mask is learned"
-    if torch.cuda.get_device_capability(layer.weight.device) != (9, 0):
-        return "the kernel is for compute capability 9.0"
-    k, c, taps, _ = layer.weight.shape
-    multiple = 64 if path == "skip" else 8
-    if c % multiple or k % multiple or taps > 3:
-        return f"the kernel takes channels in multiples of {multiple}, and filters of up to 3x3"
-    return why_not_path(path, layer.weight, *conv)
-
-
-def _convolution(layer: MaskedConv2d) -> tuple[list[int], list[int], list[int], int]:
-    """Return stride, padding, dilation and groups."""
-    stride, padding, dilation = (
-        [int(size) for size in pair] for pair in (layer.stride, layer.padding, layer.dilation)
-    )
-    return stride, padding, dilation, layer.groups
-
-
 def _live_share(weight: Tensor) -> float:
     """Return the share of live blocks; synchronises."""
     if weight.shape[1] > BLOCK**2:  # more than a word holds
@@ -164,14 +116,9 @@ def _key(layer: MaskedConv2d, weight: Tensor, live: float) -> str:
     listed = 1.0
     if max(size[2:]) <= TAPS:
         listed = listed_share(sparse_columns(weight), size)
-    return f"{size} {_convolution(layer)} live {live:.2g} listed {listed:.2g}"
-
-
-def _graph_ms(run: Callable[[str, Tensor | None], object], path: str, weight: Tensor) -> float:
-    """Return milliseconds of a call; the lists of all are made first, as a model's forward does."""
-
-    def calls(count: int) -> None:
-        for lists in lists_of(path, [weight] * count):
-            run(path, lists)
-
-    return graph_ms(calls)
+    formats = [
+        f"{str(tensor.dtype).removeprefix('torch.')} {memory_format(tensor)}"
+        for tensor in (layer.weight, layer.mask)
+    ]
+    kinds = f"weight {formats[0]} mask {tuple(layer.mask.shape)} {formats[1]}"
+    return f"{size} {convolution(layer)} live {live:.2g} listed {listed:.2g} {kinds}"

@@ -74,7 +74,8 @@ def choose_sum(
 
     As measured on an H200 at 4096 cubed. Blocks of a row share the upstream gradient: of 128 inputs
     two, unless scores beside gradients take the registers; narrower ones more, where a row has
-    many live ones. Blocks of 32 inputs need at least two, as a product has 64 rows or more. fp32 goes through pointers: the tensor cores want its operands
+    many live ones. Blocks of 32 inputs need at least two, as a product has 64 rows or more.
+    fp32 goes through pointers: the tensor cores want its operands
     transposed, and TMA an aligned number of rows.
     """
     if dtype == torch.float32:

@@ -1,8 +1,10 @@
-"""The paths that a masked convolution can take, one for its forward and one for its input gradient.
+"""The paths that a masked convolution can take: its forward, its input and its weight gradient.
 
 "cudnn" multiplies by every weight. "skip" passes over blocks of 64 x 64 weights that are all zero
 (`live_tiles`), "sparse" over every weight that is zero (`sparse_columns`); both read lists, which
-are made on the GPU: of the prepared weight, and for the input gradient of the turned one.
+are made on the GPU: of the prepared weight, and for the input gradient of the turned one. The
+weight gradient can skip, by the words of the mask: a weight that is zero but kept has a gradient.
+Those words serve the forward as well, as they name every block that is not zero.
 """
 
 from __future__ import annotations
@@ -13,13 +15,20 @@ import torch
 from torch import Tensor
 
 from rtk.errors import check_choice
+from rtk.ops._fused_conv2d_cuda import DENSITY
+from rtk.ops._layout import memory_format
+from rtk.ops.conv2d_bwd_weight import conv2d_bwd_weight_live
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
 from rtk.ops.live_tiles import BLOCK, live_tiles
 from rtk.ops.sparse_columns import TAPS, sparse_columns
 from rtk.ops.sparse_conv2d import sparse_conv2d, sparse_conv2d_bwd_input
 
 PATHS = ("cudnn", "skip", "sparse")
-CUDNN = ("cudnn", "cudnn")
+BWD_WEIGHT_PATHS = PATHS[:2]
+
+# Of the forward, the input gradient and the weight gradient, in this order.
+CUDNN = ("cudnn", "cudnn", "cudnn")
+NO_LISTS = (None, None, None)
 
 
 def why_not_path(
@@ -30,7 +39,7 @@ def why_not_path(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    """Return why a convolution cannot take `path`, or None where it can."""
+    """Return why a convolution and its input gradient cannot take `path`, None where they can."""
     if path == "cudnn":
         return None
     check_choice("path", path, PATHS)
@@ -48,8 +57,22 @@ def why_not_path(
     return None
 
 
+def why_not_bwd_weight_path(path: str, weight: Tensor, groups: int) -> str | None:
+    """Return why a weight gradient cannot take `path`, or None where it can."""
+    check_choice("path of the weight gradient", path, BWD_WEIGHT_PATHS)
+    if path == "skip" and groups != 1:
+        return "it has groups"
+    if path == "skip" and weight.shape[1] > BLOCK**2:
+        return f"it has more than {BLOCK**2} input channels"
+    return None
+
+
 def lists_of(path: str, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return what `path` reads beside each weight: prepared, or turned for the input gradient."""
+    """Return what `path` reads beside each weight.
+
+    That is the prepared weight, for the input gradient the turned one, and for the weight gradient
+    the `whole_mask`.
+    """
     if path == "skip":
         return [live_tiles(weight) for weight in weights]
     if path == "sparse":
@@ -64,6 +87,25 @@ def takes(path: str, activations: Tensor) -> bool:
         and activations.dtype == torch.bfloat16
         and activations.numel() > 0
         and activations.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def whole_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask of the weight's shape; nothing is copied."""
+    return mask.expand(weight.shape)
+
+
+def takes_bwd_weight(
+    path: str, grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, need_mask: bool
+) -> bool:
+    """Whether the weight gradient skips: these activations, into this weight, without a copy."""
+    return (
+        takes(path, input)
+        and takes(path, grad)
+        and mask.dtype == torch.bool
+        and not need_mask  # which is made of the dense gradient
+        and weight.dtype == torch.float32
+        and weight.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -110,4 +152,36 @@ def bwd_input(
     k, c, r, s = prepared.shape
     return sparse_conv2d_bwd_input(
         grad, lists, (c, k, r, s), input_size, stride=stride, padding=padding
+    )
+
+
+def bwd_weight(
+    lists: Tensor | None,
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    density: float = DENSITY,
+) -> Tensor:
+    """Return the weight's gradient in its own format, masked, of live blocks only; see `forward`.
+
+    `density` is the share of blocks that are alive, as far as it is known.
+    """
+    if lists is None:
+        [lists] = lists_of("skip", [whole_mask(weight, mask)])
+    assert lists is not None
+    return conv2d_bwd_weight_live(
+        grad,
+        input,
+        lists,
+        weight.shape,
+        stride,
+        padding,
+        dilation,
+        mask=mask,
+        channels_last=memory_format(weight) == torch.channels_last,
+        density=density,
     )

@@ -1,11 +1,11 @@
 """A masked convolution in eager training, past torch's dispatcher.
 
-An operator that is written in Python costs some 100 us at every stop of the dispatcher (autocast,
-autograd, backend), which is more than a small network's convolutions take on a GPU. In the common
-case, cuDNN (or oneDNN) on plain tensors with a bool mask, there is nothing to decide: one autograd
-function calls the convolution, and one call gives both gradients. What compiles, traces,
-transforms, profiles or forces a backend sees the operator, and so does every call with a mistake
-in it, which the operator names.
+An operator that is written in Python costs some 100 us on its way through the dispatcher (autocast,
+autograd, backend), and a masked convolution is four of them: more than a small network's
+convolutions take on a GPU. In the common case, plain tensors with a bool mask, one autograd
+function calls what the operators would, and where both gradients are cuDNN's (or oneDNN's) one
+call gives both. What compiles, traces, transforms or profiles, or forces a backend, sees the
+operators, and so does every call with a mistake in it, which they name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rtk.ops import _registry
+from rtk.ops import _conv_paths, _registry
 from rtk.ops._layout import memory_format
 from rtk.ops.prepare_weight import FLOATS, prepare_now, wants_channels_last
 
-_PLAIN = {Tensor, nn.Parameter}
 _LOW = (torch.bfloat16, torch.float16)
+Conv = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 
 def convolve(
@@ -31,65 +30,57 @@ def convolve(
     weight: Tensor,
     mask: Tensor,
     prepared: Tensor | None,
+    turned: Tensor | None,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    conv: Conv,
+    paths: Sequence[str] = _conv_paths.CUDNN,
+    lists: Sequence[Tensor | None] = _conv_paths.NO_LISTS,
+    density: float = _conv_paths.DENSITY,
 ) -> Tensor | None:
-    """Return the convolution, or None where it is the operator's to do, or to refuse.
+    """Return the convolution, or None where it is the operators' to do, or to refuse.
 
-    Arguments are `masked_conv2d_prepared`'s; `prepared` None is made here.
+    Arguments are `masked_conv2d_prepared`'s, `conv` its (stride, padding, dilation, groups);
+    `prepared` None is made here.
     """
-    if not (weight.requires_grad and torch.is_grad_enabled() and _is_plain(input, weight, mask)):
+    tensors = input, weight, mask, prepared, bias
+    if _registry._forced is not None or not _registry.unwatched(*tensors):
         return None
-    if input.dim() != 4 or input.shape[1] != weight.shape[1] * groups or not input.numel():
+    if not (weight.requires_grad and torch.is_grad_enabled() and input.numel()):
+        return None
+    if input.dim() != 4 or input.shape[1] != weight.shape[1] * conv[3] or mask.requires_grad:
         return None
     if mask.shape != weight.shape or mask.dtype != torch.bool or input.dtype not in FLOATS:
         return None
     device = input.device
-    if not (device == weight.device == mask.device and input.is_floating_point()):
+    if any(t is not None and t.device != device for t in tensors):
         return None
     if torch.is_autocast_enabled(device.type) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device.type))
-    for tensor in (weight, bias):
-        if tensor is None or tensor.dtype == input.dtype:
-            continue
-        if tensor.dtype != torch.float32 or input.dtype not in _LOW:
-            return None
-    if bias is not None and not (
-        type(bias) in _PLAIN and bias.device == device and bias.shape == weight.shape[:1]
-    ):
+    dtypes = {t.dtype for t in (weight, bias) if t is not None} - {input.dtype}
+    if dtypes and (dtypes != {torch.float32} or input.dtype not in _LOW):  # fp32 masters
         return None
-    if prepared is not None and not (
-        prepared.dtype == input.dtype
-        and prepared.shape == weight.shape
-        and prepared.device == device
-    ):
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    if _watched():
+    if prepared is not None and (prepared.dtype, prepared.shape) != (input.dtype, weight.shape):
         return None
-    conv = list(stride), list(padding), list(dilation), False, [0, 0], groups
-    result: Tensor = _Convolve.apply(input, weight, mask, prepared, bias, conv)
+    if tuple(paths) != _conv_paths.CUDNN and _why_not(paths, weight, conv) is not None:
+        return None
+    result: Tensor = _Convolve.apply(
+        input, weight, mask, prepared, turned, bias, conv, paths, lists, density
+    )
     return result
 
 
-def _is_plain(*tensors: Tensor) -> bool:
-    return all(type(t) in _PLAIN and (t.is_cuda or t.is_cpu) and not t.is_neg() for t in tensors)
+def _why_not(paths: Sequence[str], weight: Tensor, conv: Conv) -> str | None:
+    *ways, of_weight = paths
+    reasons = [_conv_paths.why_not_path(path, weight, *conv) for path in ways]
+    reasons.append(_conv_paths.why_not_bwd_weight_path(of_weight, weight, conv[3]))
+    return next(filter(None, reasons), None)
 
 
-def _watched() -> bool:
-    """Whether somebody wants to see the operator, or a backend is forced."""
-    return bool(
-        torch.compiler.is_compiling()
-        or _registry._forced is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
+def _aten(conv: Conv) -> tuple[Any, ...]:
+    stride, padding, dilation, groups = conv
+    return list(stride), list(padding), list(dilation), False, [0, 0], groups
 
 
 class _Convolve(torch.autograd.Function):
@@ -100,29 +91,58 @@ class _Convolve(torch.autograd.Function):
         weight: Tensor,
         mask: Tensor,
         prepared: Tensor | None,
+        turned: Tensor | None,
         bias: Tensor | None,
-        conv: tuple[Any, ...],
+        conv: Conv,
+        paths: Sequence[str],
+        lists: Sequence[Tensor | None],
+        density: float,
     ) -> Tensor:
         if prepared is None:
             prepared = prepare_now(weight, mask, input.dtype, wants_channels_last(input, weight))
-        ctx.save_for_backward(input, weight, mask, prepared)
-        ctx.conv = conv
+        ctx.save_for_backward(input, weight, mask, prepared, turned, *lists[1:])
+        ctx.conv, ctx.paths, ctx.density = conv, paths[1:], density
         ctx.bias = None if bias is None else bias.dtype
+        if _conv_paths.takes(paths[0], input):
+            sizes = conv[0][0], conv[1][0]
+            return _conv_paths.forward(paths[0], lists[0], input, prepared, bias, *sizes)
         bias = None if bias is None else bias.to(input.dtype)
-        return torch.ops.aten.convolution(input, prepared, bias, *conv)
+        return torch.ops.aten.convolution(input, prepared, bias, *_aten(conv))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mask, prepared = ctx.saved_tensors
-        need_input, need_weight, _, _, need_bias, _ = ctx.needs_input_grad
-        grad_input, dense, _ = torch.ops.aten.convolution_backward(
-            grad, input, prepared, None, *ctx.conv, [need_input, need_weight, False]
-        )
-        grad_weight = grad_bias = None
-        if need_weight:  # in the weight's own format: autograd would copy it there
-            channels_last = memory_format(weight) == torch.channels_last
-            grad_weight = prepare_now(dense, mask, weight.dtype, channels_last)
-        if need_bias:
+        input, weight, mask, prepared, turned, *lists = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_input = grad_weight = grad_bias = None
+        stride, padding, dilation, _ = ctx.conv
+        if needs[0] and _conv_paths.takes(ctx.paths[0], grad):
+            grad_input = _conv_paths.bwd_input(
+                ctx.paths[0],
+                lists[0],
+                grad,
+                prepared,
+                turned,
+                input.shape[2:],
+                stride[0],
+                padding[0],
+            )
+        if needs[1] and _conv_paths.takes_bwd_weight(
+            ctx.paths[1], grad, input, weight, mask, False
+        ):
+            grad_weight = _conv_paths.bwd_weight(
+                lists[1], grad, input, weight, mask, stride, padding, dilation, ctx.density
+            )
+        left = [needs[0] and grad_input is None, needs[1] and grad_weight is None, False]
+        if any(left):
+            of_input, dense, _ = torch.ops.aten.convolution_backward(
+                grad, input, prepared, None, *_aten(ctx.conv), left
+            )
+            if left[0]:
+                grad_input = of_input
+            if left[1]:  # in the weight's own format: autograd would copy it there
+                channels_last = memory_format(weight) == torch.channels_last
+                grad_weight = prepare_now(dense, mask, weight.dtype, channels_last)
+        if needs[5]:
             grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias)
-        return grad_input, grad_weight, None, None, grad_bias, None
+        return grad_input, grad_weight, None, None, None, grad_bias, None, None, None, None

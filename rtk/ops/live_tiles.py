@@ -100,12 +100,16 @@ _op.no_gradient()
 @_op.implementation("cuda", _compiled.why_not_cuda)
 def _cuda(weight: Tensor) -> Tensor:
     words = _fake(weight)
+    # A 1x1 filter has strides of no meaning along it, which must not hinder 16-byte loads.
+    strides = [
+        step if size > 1 else 0 for size, step in zip(weight.shape, weight.stride(), strict=True)
+    ]
     stream = torch.cuda.current_stream(weight.device).cuda_stream
     _compiled._C.live_tiles_cuda(
         weight.data_ptr(),
         _compiled.DTYPES[weight.dtype],
         list(weight.shape),
-        list(weight.stride()),
+        strides,
         words.data_ptr(),
         weight.device.index,
         stream,

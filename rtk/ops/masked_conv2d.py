@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from rtk.errors import check_choice
 from rtk.ops import _compiled, _conv_paths, _masked_conv2d_eager
-from rtk.ops._conv_paths import CUDNN, why_not_path
+from rtk.ops._conv_paths import CUDNN, NO_LISTS, why_not_bwd_weight_path, why_not_path
+from rtk.ops._fused_conv2d_cuda import DENSITY
 from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
 from rtk.ops.prepare_weight import (
@@ -72,7 +73,7 @@ def masked_conv2d(
     if input.dim() == 3:
         return _op(input[None], weight, mask, bias, stride, padding, dilation, groups)[0]
     conv = stride, padding, dilation, groups
-    result = _masked_conv2d_eager.convolve(input, weight, mask, None, bias, *conv)
+    result = _masked_conv2d_eager.convolve(input, weight, mask, None, None, bias, conv)
     return _op(input, weight, mask, bias, *conv) if result is None else result
 
 
@@ -234,24 +235,31 @@ def masked_conv2d_prepared(
     dilation: IntPair,
     groups: int,
     paths: Sequence[str] = CUDNN,
-    lists: Sequence[Tensor | None] = (None, None),
+    lists: Sequence[Tensor | None] = NO_LISTS,
+    density: float = DENSITY,
 ) -> Tensor:
     """`masked_conv2d` for whoever has prepared the weight already, as a model does for all layers.
 
     Args:
         input: (N, C, H, W).
-        weight, mask: what gets the gradients; they are not read in the forward.
+        weight, mask: what gets the gradients; the weight is never read, the mask not in the
+            forward.
         prepared: `prepare_weight(weight, mask, dtype=...)` in the dtype that the input is in, or
             under autocast will be in. It must hold these values until after the backward.
         turned: `turn_filter(prepared)`, which the input's gradient reads where its path is not
             "cudnn"; None makes it where it is needed.
         bias, stride, padding, dilation, groups: as for `masked_conv2d`.
-        paths: of the forward and of the input's gradient: "cudnn"; "skip", which passes over blocks
-            of 64 x 64 weights that are all zero; or "sparse", which multiplies only by weights that
-            are not. `rtk.nn.tune` measures which is faster, `why_not_path` says what cannot. A path
-            serves bf16 in channels_last on a GPU; for other activations it is cuDNN's.
-        lists: what the paths read beside `prepared` and `turned`: `live_tiles` or `sparse_columns`
-            of it; None makes them where they are needed.
+        paths: of the forward, of the input's and of the weight's gradient: "cudnn"; "skip", which
+            passes over blocks of 64 x 64 weights that are all zero; or, not of the weight's
+            gradient, "sparse", which multiplies only by weights that are not. `rtk.nn.tune`
+            measures which is faster, `why_not_path` and `why_not_bwd_weight_path` say what cannot.
+            A path serves bf16 in channels_last on a GPU, and of the weight's gradient a bool mask
+            and an fp32 weight in channels_last; anything else is cuDNN's.
+        lists: what the paths read: `live_tiles` or `sparse_columns` of `prepared`, of `turned`, and
+            for the weight's gradient `live_tiles` of the mask in the weight's shape, which may
+            stand in the forward's place too; None makes them where they are needed.
+        density: the share of blocks that are alive, 0 to 1, as far as it is known without asking
+            the GPU; how the weight's gradient is cut up, nothing else.
 
     Returns:
         What `masked_conv2d` returns, with its gradients.
@@ -261,18 +269,19 @@ def masked_conv2d_prepared(
             that cannot be taken.
     """
     require(
-        len(paths) == len(lists) == 2,
-        "masked_conv2d_prepared: paths and lists are of the forward and of the input's gradient, "
-        "got %s and %s of them",
+        len(paths) == len(lists) == 3,
+        "masked_conv2d_prepared: paths and lists are of the forward, of the input's and of the "
+        "weight's gradient, got %s and %s of them",
         len(paths),
         len(lists),
     )
     conv = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
-    if tuple(paths) == CUDNN:
-        result = _masked_conv2d_eager.convolve(input, weight, mask, prepared, bias, *conv)
-        if result is not None:
-            return result
-    return _op_prepared(input, weight, mask, prepared, turned, bias, *conv, *paths, *lists)
+    result = _masked_conv2d_eager.convolve(
+        input, weight, mask, prepared, turned, bias, conv, paths, lists, density
+    )
+    if result is not None:
+        return result
+    return _op_prepared(input, weight, mask, prepared, turned, bias, *conv, *paths, *lists, density)
 
 
 def _check_prepared(
@@ -284,7 +293,7 @@ def _check_prepared(
     bias: Tensor | None,
     *conv_and_paths: Any,
 ) -> None:
-    *conv, path, bwd_path, _, _ = conv_and_paths
+    *conv, path, input_path, weight_path, _, _, _, density = conv_and_paths
     _check(input, weight, mask, bias, *conv)
     k, c, *taps = weight.shape
     for name, tensor, shape in (("prepared", prepared, (k, c)), ("turned", turned, (c, k))):
@@ -302,9 +311,16 @@ def _check_prepared(
             input.device,
             tensor if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device),
         )
-    for each in (path, bwd_path):
+    for each in (path, input_path):
         reason = why_not_path(each, weight, *conv)
         require(reason is None, "masked_conv2d_prepared: path %r cannot be: %s", each, reason)
+    _check_bwd_weight_path("masked_conv2d_prepared", weight_path, weight, conv[3], density)
+
+
+def _check_bwd_weight_path(op: str, path: str, weight: Tensor, groups: int, density: float) -> None:
+    reason = why_not_bwd_weight_path(path, weight, groups)
+    require(reason is None, "%s: path %r of the weight gradient cannot be: %s", op, path, reason)
+    require(0 <= density <= 1, "%s: density must be 0 to 1, got %s", op, density)
 
 
 def _forward_prepared(
@@ -316,7 +332,7 @@ def _forward_prepared(
     bias: Tensor | None,
     *conv_and_paths: Any,
 ) -> Tensor:
-    return _convolve(input, prepared, bias, *conv_and_paths[:-4])
+    return _convolve(input, prepared, bias, *conv_and_paths[:4])
 
 
 def _forward_on_path(
@@ -328,7 +344,7 @@ def _forward_on_path(
     bias: Tensor | None,
     *conv_and_paths: Any,
 ) -> Tensor:
-    *conv, path, _, lists, _ = conv_and_paths
+    *conv, path, _, _, lists, _, _, _ = conv_and_paths
     if not _conv_paths.takes(path, input):
         return _convolve(input, prepared, bias, *conv)
     (stride, _), (padding, _) = conv[:2]
@@ -338,7 +354,8 @@ def _forward_on_path(
 _op_prepared = Op(
     "masked_conv2d_prepared(Tensor input, Tensor weight, Tensor mask, Tensor prepared, "
     "Tensor? turned, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
-    "SymInt groups, str path, str bwd_path, Tensor? lists, Tensor? bwd_lists) -> Tensor",
+    "SymInt groups, str path, str bwd_input_path, str bwd_weight_path, Tensor? lists, "
+    "Tensor? bwd_input_lists, Tensor? bwd_weight_lists, float density) -> Tensor",
     _check_prepared,
     _forward_prepared,
 )
@@ -408,9 +425,11 @@ _op_bwd_input = Op(
 
 
 def _check_bwd_weight(
-    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_needs: Any
+    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_more: Any
 ) -> None:
-    _check_conv(input.shape, weight, mask, *conv_and_needs[:-1])
+    *conv, _, path, _, density = conv_and_more
+    _check_conv(input.shape, weight, mask, *conv)
+    _check_bwd_weight_path("masked_conv2d_bwd_weight", path, weight, conv[3], density)
 
 
 def _bwd_weight(
@@ -418,10 +437,10 @@ def _bwd_weight(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
-    *conv_and_needs: Any,
+    *conv_and_more: Any,
     prepare: Prepare = prepare_now,
 ) -> list[Tensor]:
-    *conv, (need_weight, need_mask) = conv_and_needs
+    *conv, (need_weight, need_mask), _, _, _ = conv_and_more
     shape = _shape_only(input, weight.shape, wants_channels_last(input, weight))
     dense = _convolve_backward(grad, input, shape, *conv, needs=[False, True, False])[1]
     gradients = []
@@ -437,10 +456,21 @@ def _bwd_weight(
     return gradients
 
 
+def _bwd_weight_on_path(
+    grad: Tensor, input: Tensor, weight: Tensor, mask: Tensor, *conv_and_more: Any
+) -> list[Tensor]:
+    *conv, (_, need_mask), path, lists, density = conv_and_more
+    stride, padding, dilation, _ = conv
+    if not _conv_paths.takes_bwd_weight(path, grad, input, weight, mask, need_mask):
+        return _bwd_weight(grad, input, weight, mask, *conv_and_more)
+    given = grad, input, weight, mask, stride, padding, dilation
+    return [_conv_paths.bwd_weight(lists, *given, density)]
+
+
 _op_bwd_weight = Op(
     "masked_conv2d_bwd_weight(Tensor grad, Tensor input, Tensor weight, Tensor mask, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[2] needs) "
-    "-> Tensor[]",
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[2] needs, "
+    "str path, Tensor? lists, float density) -> Tensor[]",
     _check_bwd_weight,
     partial(_bwd_weight, prepare=prepare_fake),
 )
@@ -456,7 +486,8 @@ def _implement(backend: str, why_not: Callable[..., str | None], *runs: Callable
 # Backends differ in how they prepare the weight, which prepare_weight, itself an op, decides; and
 # a GPU has other paths than cuDNN.
 _implement("cpu", _compiled.why_not_cpu, _forward_prepared, _bwd_input, _bwd_weight)
-_implement("cuda", _compiled.why_not_cuda, _forward_on_path, _bwd_input_on_path, _bwd_weight)
+_ON_PATHS = _forward_on_path, _bwd_input_on_path, _bwd_weight_on_path
+_implement("cuda", _compiled.why_not_cuda, *_ON_PATHS)
 
 
 @_op.implementation("reference")
@@ -489,7 +520,7 @@ def _run_and_save(
     The activations are kept for the weight's gradient only: an attack does not pay for them.
     """
     need_input, need_weight, need_mask, _ = needs
-    *ctx.conv, _, ctx.path, _, lists = conv_and_paths
+    *ctx.conv, _, ctx.input_path, ctx.weight_path, _, lists, live, ctx.density = conv_and_paths
     ctx.save_for_backward(
         input if need_weight or need_mask else None,
         weight,
@@ -497,6 +528,7 @@ def _run_and_save(
         prepared if need_input else None,
         turned if need_input else None,
         lists if need_input else None,
+        live if need_weight else None,
     )
     ctx.needs = needs
     ctx.input_size = input.shape
@@ -505,16 +537,17 @@ def _run_and_save(
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, mask, prepared, turned, lists = ctx.saved_tensors
+    input, weight, mask, prepared, turned, lists, live = ctx.saved_tensors
     need_input, need_weight, need_mask, need_bias = ctx.needs
     grad_input = grad_bias = None
     if need_input:
         grad_input = _op_bwd_input(
-            grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.path, lists
+            grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.input_path, lists
         )
     gradients: list[Tensor] = []
     if need_weight or need_mask:
-        gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, [need_weight, need_mask])
+        how = [need_weight, need_mask], ctx.weight_path, live, ctx.density
+        gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, *how)
     if need_bias:
         grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
     grad_weight = gradients.pop(0) if need_weight else None
@@ -534,7 +567,7 @@ class _AutogradPrepared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_input, grad_weight, grad_mask, grad_bias = _gradients(ctx, grad)
-        return grad_input, grad_weight, grad_mask, None, None, grad_bias, *[None] * 8
+        return grad_input, grad_weight, grad_mask, None, None, grad_bias, *[None] * 11
 
 
 class _Autograd(torch.autograd.Function):
@@ -548,7 +581,7 @@ class _Autograd(torch.autograd.Function):
             weight, mask, input.dtype, wants_channels_last(input, weight)
         )
         needs = ctx.needs_input_grad[:4]
-        rest = None, bias, *conv, *CUDNN, None, None
+        rest = None, bias, *conv, *CUDNN, *NO_LISTS, DENSITY
         return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
 
     @staticmethod

@@ -130,7 +130,7 @@ def test_a_layer_finds_the_lists_of_its_paths(together):
     layer = layers(model)[2]
     found = []
     layer.register_forward_pre_hook(lambda m, _: found.append(m._prepared))
-    layer._paths_for[4, 16, 5, 5] = ("sparse", "skip")
+    layer._paths_for[4, 16, 5, 5] = ("sparse", "skip", "cudnn")
     run(model, x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x)
@@ -142,6 +142,24 @@ def test_a_layer_finds_the_lists_of_its_paths(together):
     assert before.lists.keys() == wanted.keys()
     assert all(torch.equal(before.lists[key], wanted[key]) for key in wanted)
     assert inference.lists.keys() == {("sparse", 0)}  # there is no gradient to come
+
+
+def test_forward_and_weight_gradient_share_the_words_of_the_mask(together):
+    model, x = small(), images()
+    layer = layers(model)[2]
+    found = []
+    layer.register_forward_pre_hook(lambda m, _: found.append(m._prepared))
+    layer._paths_for[4, 16, 5, 5] = ("skip", "cudnn", "skip")
+    with torch.no_grad():
+        layer.weight.zero_()
+    run(model, x)
+    layer.weight.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    training, frozen = (prepared.lists for prepared in found)
+    assert training.keys() == frozen.keys() == {("skip", 0)}
+    assert torch.equal(training["skip", 0], live_tiles(layer.mask))
+    assert not frozen["skip", 0].any()  # of the weight, all of which is zero
 
 
 def test_nothing_is_left_after_an_error(together):

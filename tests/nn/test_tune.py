@@ -1,8 +1,9 @@
-"""tune: the choice between skipping dead blocks and cuDNN, and what is kept of it."""
+"""tune: the choice between a masked convolution's paths, and what is kept of it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 import rtk
 from rtk.errors import RtkError
-from rtk.nn import LayerTimes, MaskedConv2d, mask_model, tune
+from rtk.nn import LayerTimes, MaskedConv2d, _path_times, mask_model, tune
+from rtk.nn._graph_ms import graph_ms
+from rtk.ops import prepare_weight
+from rtk.ops._registry import ops
 
 
 def test_a_model_on_a_cpu_is_refused():
@@ -21,15 +25,74 @@ def test_a_model_on_a_cpu_is_refused():
 @pytest.mark.parametrize(
     ("times", "taken"),
     [
-        ({"skip": (0.96, 0.98)}, ("skip", "cudnn")),  # 3 % faster, or it is not worth it
-        ({"skip": (None, None)}, ("cudnn", "cudnn")),
-        ({"skip": (0.9, 0.5), "sparse": (0.8, 0.6)}, ("sparse", "skip")),
-        ({"skip": (None, None), "sparse": (0.8, None)}, ("sparse", "cudnn")),
+        ({"skip": (0.96, 0.98, 1.9)}, ("skip", "cudnn", "skip")),  # 3 % faster, or not worth it
+        ({"skip": (None, None, None)}, ("cudnn", "cudnn", "cudnn")),
+        ({"skip": (0.9, 0.5, 2.0), "sparse": (0.8, 0.6, None)}, ("sparse", "skip", "cudnn")),
+        ({"skip": (None, None, 1.0), "sparse": (0.8, None, None)}, ("sparse", "cudnn", "skip")),
     ],
 )
 def test_what_is_faster_is_taken(times, taken):
-    times = LayerTimes("layer", (1, 64, 8, 8), 0.1, {"cudnn": (1.0, 1.0), **times})
+    times = LayerTimes("layer", (1, 64, 8, 8), 0.1, {"cudnn": (1.0, 1.0, 2.0), **times})
     assert times.taken == taken
+
+
+def on_cpu(monkeypatch, timed: list[tuple[float, ...]]) -> None:
+    """Let every kernel be there, and let the clock note how many calls it saw and their limit."""
+
+    def clock(calls, *, enough=float("inf")):
+        calls(2)
+        timed.append((1.0 + len(timed), enough))
+        return timed[-1][0]
+
+    monkeypatch.setattr(_path_times, "graph_ms", clock)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    choose = ops["conv2d_bwd_weight_live"].choose
+    monkeypatch.setattr(
+        ops["conv2d_bwd_weight_live"],
+        "choose",
+        lambda *args: replace(choose(*args), backend="triton"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "last", "bool_mask", "none"),
+    [
+        ((64, 64, 3, 3), True, True, {("sparse", 2)}),
+        ((64, 64, 3, 3), False, True, {("sparse", 2), ("skip", 2)}),
+        ((64, 8, 1, 1), True, True, {("sparse", 2), ("skip", 0), ("skip", 1)}),
+        ((64, 64, 3, 3), True, False, {(p, w) for p in ("skip", "sparse") for w in range(3)}),
+    ],
+)
+def test_every_path_that_can_be_is_timed(size, last, bool_mask, none, monkeypatch):
+    timed: list[tuple[float, ...]] = []
+    on_cpu(monkeypatch, timed)
+    layer = MaskedConv2d(size[1], size[0], size[2], padding=size[2] // 2, bias=False)
+    layer.set_mask(torch.rand(size) < 0.5 if bool_mask else torch.rand(size))
+    if last:
+        layer.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        ready = prepare_weight(layer.weight, layer.mask, dtype=torch.bfloat16, channels_last=True)
+        times = _path_times.path_times(layer, ready, (2, size[1], 5, 4), 0.5)
+    assert list(times) == ["cudnn", "skip", "sparse"]
+    assert {(p, way) for p in times for way in range(3) if times[p][way] is None} == none
+    assert times["cudnn"] == (1.0, 2.0, 3.0)
+    limits = [2 * times["cudnn"][way] for p in ("skip", "sparse") for way in range(3)
+              if (p, way) not in none]  # fmt: skip
+    assert [limit for _, limit in timed] == [float("inf")] * 3 + limits
+
+
+@pytest.mark.gpu
+def test_the_clock_gives_up_what_is_slow():
+    counts: list[int] = []
+    x = torch.ones(1000, device="cuda")
+
+    def calls(count: int) -> None:
+        counts.append(count)
+        for _ in range(count):
+            x.add_(1)
+
+    assert graph_ms(calls, enough=0.0) > 0 and max(counts) == 3
+    assert graph_ms(calls, enough=1e9) > 0 and max(counts) == 10
 
 
 def one_block() -> torch.Tensor:
@@ -71,7 +134,9 @@ def test_layers_take_what_pays_and_give_the_same(mask, live, paths, tmp_path, mo
     assert [times.layer for times in found] == ["0", "1"]
     assert all(times.live == pytest.approx(live) for times in found)
     assert all(times.times.keys() == {"cudnn", "skip", "sparse"} for times in found)
-    assert any(paths & set(times.taken) for times in found)
+    assert any(paths & set(times.taken[:2]) for times in found)
+    assert all(times.times["sparse"][2] is None for times in found)
+    assert any(times.taken[2] == "skip" for times in found) == (live < 1)
     torch.testing.assert_close(run(), before, rtol=2e-2, atol=2e-2)
     assert json.loads((tmp_path / "conv-times.json").read_text())
     assert tune(model, x) == found  # from the file
@@ -82,7 +147,7 @@ def test_layers_take_what_pays_and_give_the_same(mask, live, paths, tmp_path, mo
 def test_a_replay_reads_the_masks_of_its_moment(path):
     model, x = network(scattered())
     for layer in model:
-        layer._paths_for[tuple(x.shape)] = (path, path)
+        layer._paths_for[tuple(x.shape)] = (path, path, "skip")
 
     def step() -> tuple[torch.Tensor, ...]:
         leaf = x.detach().requires_grad_()
@@ -111,4 +176,4 @@ def test_a_replay_reads_the_masks_of_its_moment(path):
             scale = wanted.float().abs().max().item()
             torch.testing.assert_close(mine, wanted, rtol=3e-2, atol=2e-2 * scale)
         for layer in model:
-            layer._paths_for[tuple(x.shape)] = (path, path)
+            layer._paths_for[tuple(x.shape)] = (path, path, "skip")

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtk.errors import RtkError
-from rtk.ops import masked_conv2d, prepare_weight, turn_filter
+from rtk.ops import _conv_paths, live_tiles, masked_conv2d, prepare_weight, turn_filter
+from rtk.ops._conv_paths import CUDNN, NO_LISTS
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 OP = "masked_conv2d"
@@ -183,15 +184,16 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("path", ["skip", "sparse"])
-def test_another_path_changes_nothing(path, stride, turned, device):
+@pytest.mark.parametrize("format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_another_path_changes_nothing(path, format, stride, turned, device):
     x = torch.randn(2, 128, 6, 5).to(device).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(64, 128, 3, 3).to(device)
+    weight = torch.randn(64, 128, 3, 3).to(device).contiguous(memory_format=format)
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask[:, 64:, 1] = True
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x, ready = x.to(dtype), prepare_weight(weight, mask, dtype=dtype, channels_last=True)
     results = []
-    for paths in (["cudnn", "cudnn"], [path, path]):
+    for paths in (CUDNN, [path, path, "skip"]):
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         given = *leaves, mask, ready, turn_filter(ready) if turned else None, None
         out = masked_conv2d_prepared(*given, stride, 1, 1, 1, paths)
@@ -207,5 +209,96 @@ def test_a_path_that_cannot_be_is_refused():
     with pytest.raises(RtkError, match=r"path 'skip' cannot be.*groups or dilation"):
         masked_conv2d_prepared(
             **given, prepared=given["weight"], turned=None, bias=bias,
-            stride=1, padding=1, dilation=2, groups=1, paths=("skip", "cudnn"),
+            stride=1, padding=1, dilation=2, groups=1, paths=("skip", "cudnn", "cudnn"),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("groups", "paths", "density", "words"),
+    [
+        (2, ("cudnn", "cudnn", "skip"), 0.5, r"'skip' of the weight gradient cannot be: it has gr"),
+        (1, ("cudnn", "cudnn", "sparse"), 0.5, r"path of the weight gradient.*sparse"),
+        (1, ("cudnn", "cudnn", "skip"), 1.5, r"density must be 0 to 1, got 1\.5"),
+        (1, ("cudnn", "cudnn"), 0.5, r"of the forward, of the input's and of the weight's.*2 and"),
+    ],
+)
+def test_a_path_of_the_weight_gradient_that_cannot_be_is_refused(groups, paths, density, words):
+    weight = torch.randn(4, 4 // groups, 3, 3)
+    given = torch.randn(2, 4, 5, 5), weight, weight > 0, weight, None, None
+    with pytest.raises(RtkError, match=words):
+        masked_conv2d_prepared(*given, 1, 1, 1, groups, paths, NO_LISTS, density)
+
+
+@pytest.fixture
+def skipped():
+    """A layer of 2 x 2 blocks a tap whose mask keeps some of the first, and what it was given."""
+    weight = torch.randn(128, 72, 3, 3).contiguous(memory_format=torch.channels_last)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[:64, :64, 1] = torch.rand(64, 64, 3) < 0.5
+    x, grad = torch.randn(3, 72, 6, 5), torch.randn(3, 128, 6, 5)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in (grad, x)]
+    return *last, weight, mask
+
+
+def dense_gradient(grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    leaf = weight.double().requires_grad_()
+    out = F.conv2d(x.double(), leaf, padding=1)
+    return torch.autograd.grad(out, leaf, grad.double())[0] * mask
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_kept_weight_that_is_zero_gets_a_gradient(made_before, skipped):
+    grad, x, weight, mask = skipped
+    wanted = dense_gradient(*skipped)
+    weight.zero_()
+    words = live_tiles(mask) if made_before else None
+    conv = [1, 1], [1, 1], [1, 1]
+    found = _conv_paths.bwd_weight(words, grad, x, weight, mask, *conv, 0.25)
+    assert found.dtype == torch.float32 and found.stride() == weight.stride()
+    torch.testing.assert_close(found, wanted.float())
+    assert not found[~mask].any() and (found[mask] != 0).all()
+
+
+@pytest.mark.parametrize("shape", [(128, 1, 1, 1), (128, 72, 1, 1)], ids=str)
+def test_a_mask_that_is_broadcast_may_skip(shape, skipped):
+    grad, x, weight, _ = skipped
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[3:60] = True
+    found = _conv_paths.bwd_weight(None, grad, x, weight, mask, [1, 1], [1, 1], [1, 1])
+    torch.testing.assert_close(found, dense_gradient(grad, x, weight, mask).float())
+
+
+def test_which_weight_gradients_may_skip(skipped):
+    grad, x, weight, mask = skipped
+    grad, x = grad.bfloat16(), x.bfloat16()
+    assert _conv_paths.takes_bwd_weight("skip", grad, x, weight, mask, False)
+    for refused in (
+        ("cudnn", grad, x, weight, mask, False),
+        ("skip", grad.float(), x, weight, mask, False),
+        ("skip", grad, x.contiguous(), weight, mask, False),
+        ("skip", grad, x, weight.bfloat16(), mask, False),
+        ("skip", grad, x, weight.contiguous(), mask, False),
+        ("skip", grad, x, weight, mask.float(), False),
+        ("skip", grad, x, weight, mask, True),
+    ):
+        assert not _conv_paths.takes_bwd_weight(*refused)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_weight_gradient_skips_on_a_gpu(made_before, skipped):
+    grad, x, weight, mask = (
+        t.cuda().contiguous(memory_format=torch.channels_last) for t in skipped
+    )
+    grad, x = grad.bfloat16(), x.bfloat16()
+    wanted = dense_gradient(grad, x, weight, mask).float()
+    ready = prepare_weight(weight, mask, dtype=torch.bfloat16, channels_last=True)
+    words = live_tiles(mask) if made_before else None
+    leaf = weight.requires_grad_()
+    how = 1, 1, 1, 1, ("cudnn", "cudnn", "skip"), (None, None, words)
+    out = masked_conv2d_prepared(x, leaf, mask, ready, None, None, *how)
+    (found,) = torch.autograd.grad(out, leaf, grad)
+    assert found.dtype == torch.float32 and found.stride() == weight.stride()
+    # Nothing was rounded to bf16, as cuDNN's dense gradient is.
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert not found[~mask].any()

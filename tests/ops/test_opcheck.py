@@ -43,8 +43,11 @@ S3 = {"stride": 1, "padding": 1, "pool": False}
 S7 = {"stride": 2, "padding": 3, "pool": True}
 BACKWARD = {"input_size": [2, 3, 4, 5], "dtype": torch.float32, "channels_last": False}
 HALF = torch.bfloat16
-CUDNN = ("cudnn", "cudnn", None, None)
-OTHERS = ("skip", "sparse", torch.ones(1, 9, dtype=torch.int64), None)
+CUDNN = ("cudnn", "cudnn", "cudnn", None, None, None, 0.25)
+WORDS = torch.ones(1, 9, dtype=torch.int64)
+OTHERS = ("skip", "sparse", "skip", WORDS, None, WORDS, 0.5)
+DENSE = ("cudnn", None, 0.25)
+SKIPS = ("skip", WORDS, 0.5)
 
 
 def samples() -> dict[str, list[tuple[tuple, dict]]]:
@@ -89,9 +92,16 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((x, w_full, w_full > 0, w_full.detach(), None, None, *ONCE, *OTHERS), {}),
         ],
         "masked_conv2d_bwd_weight": [
-            ((up, x.detach(), w.detach(), m, *CONV, [True, False]), {}),
-            ((up, x.detach(), w.detach(), float_mask.detach(), *CONV, [False, True]), {}),
-            ((up_last, x_last.detach(), w_last.detach(), m.float(), *CONV, [True, True]), {}),
+            ((up, x.detach(), w.detach(), m, *CONV, [True, False], *DENSE), {}),
+            ((up, x.detach(), w.detach(), float_mask.detach(), *CONV, [False, True], *DENSE), {}),
+            (
+                (up_last, x_last.detach(), w_last.detach(), m.float(), *CONV, [True, True], *DENSE),
+                {},
+            ),
+            (
+                (small, x.detach(), w_full.detach(), w_full > 0, *ONCE, [True, False], *SKIPS),
+                {},
+            ),
         ],
         "prepare_weight": [
             ((w, m, torch.float32, False), {}),

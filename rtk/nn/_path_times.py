@@ -1,0 +1,143 @@
+"""How long a masked convolution takes by each of its paths, forward and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtk.nn._graph_ms import graph_ms
+from rtk.nn._layer_times import Times
+from rtk.nn.masked_conv2d import MaskedConv2d
+from rtk.ops import tuning, turn_filter
+from rtk.ops._conv_paths import (
+    BWD_WEIGHT_PATHS,
+    CUDNN,
+    NO_LISTS,
+    PATHS,
+    lists_of,
+    takes_bwd_weight,
+    whole_mask,
+    why_not_bwd_weight_path,
+    why_not_path,
+)
+from rtk.ops._layout import memory_format
+from rtk.ops._registry import ops
+from rtk.ops.masked_conv2d import masked_conv2d_prepared
+
+Convolution = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
+
+_Run = Callable[[str, Tensor | None], object]
+_WhyNot = Callable[[str, MaskedConv2d, Convolution, Tensor, Tensor], str | None]
+
+_HOPELESS = 2.0  # times cuDNN's time: after a few calls, no more
+
+
+def path_times(
+    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
+) -> dict[str, Times]:
+    """Measure a layer on random activations, as CUDA graph replays.
+
+    Args:
+        layer: on a GPU.
+        prepared: its weight, masked, in bf16 and channels_last.
+        shape: (N, C, H, W) of its input.
+        density: the share of the blocks of `prepared` that are not all zero.
+
+    Returns:
+        By path, milliseconds of (forward, input gradient, weight gradient); None: cannot be taken.
+    """
+    turned = turn_filter(prepared)
+    conv = convolution(layer)
+    weight, mask = layer.weight, layer.mask
+    x = torch.randn(shape, device=prepared.device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    given = weight, mask, prepared, turned, None, *conv
+    grad = torch.randn_like(masked_conv2d_prepared(x, *given))
+
+    def forward(path: str, lists: Tensor | None) -> Tensor:
+        return masked_conv2d_prepared(x, *given, (path, *CUDNN[1:]), (lists, *NO_LISTS[1:]))
+
+    def bwd_input(path: str, lists: Tensor | None) -> Tensor:
+        result: Tensor = torch.ops.rtk.masked_conv2d_bwd_input(
+            grad, prepared, turned, shape, *conv, path, lists
+        )
+        return result
+
+    def bwd_weight(path: str, lists: Tensor | None) -> list[Tensor]:
+        result: list[Tensor] = torch.ops.rtk.masked_conv2d_bwd_weight(
+            grad, x, weight, mask, *conv, [True, False], path, lists, density
+        )
+        return result
+
+    ways: tuple[tuple[_Run, Tensor, _WhyNot], ...] = (
+        (forward, prepared, _why_not),
+        (bwd_input, turned, _why_not),
+        (bwd_weight, whole_mask(weight, mask), _why_not_bwd_weight),
+    )
+    times: dict[str, Times] = {}
+    for path in PATHS:
+        found: list[float | None] = []
+        for way, (run, of, why_not) in enumerate(ways):
+            if path != "cudnn" and why_not(path, layer, conv, grad, x) is not None:
+                found.append(None)
+                continue
+            cudnn = times["cudnn"][way] if path != "cudnn" else None
+            with tuning():
+                found.append(_ms(run, path, of, cudnn))
+        forward_ms, bwd_input_ms, bwd_weight_ms = found
+        times[path] = forward_ms, bwd_input_ms, bwd_weight_ms
+    return times
+
+
+def convolution(layer: MaskedConv2d) -> Convolution:
+    """Return stride, padding, dilation and groups; the padding must be in numbers."""
+    stride, padding, dilation = (
+        [int(size) for size in pair] for pair in (layer.stride, layer.padding, layer.dilation)
+    )
+    return stride, padding, dilation, layer.groups
+
+
+def _ms(run: _Run, path: str, of: Tensor, cudnn: float | None) -> float:
+    """Return milliseconds of a call; the lists of all are made first, as a model's forward does."""
+
+    def calls(count: int) -> None:
+        for lists in lists_of(path, [of] * count):
+            run(path, lists)
+
+    return graph_ms(calls) if cudnn is None else graph_ms(calls, enough=_HOPELESS * cudnn)
+
+
+def _why_not(path: str, layer: MaskedConv2d, conv: Convolution, *_: Tensor) -> str | None:
+    """Return why the GPU's kernel of a path other than cuDNN cannot serve the layer."""
+    if layer.mask.dtype != torch.bool:
+        return "its mask is learned"
+    if torch.cuda.get_device_capability(layer.weight.device) != (9, 0):
+        return "the kernel is for compute capability 9.0"
+    k, c, taps, _s = layer.weight.shape
+    multiple = 64 if path == "skip" else 8
+    if c % multiple or k % multiple or taps > 3:
+        return f"the kernel takes channels in multiples of {multiple}, and filters of up to 3x3"
+    return why_not_path(path, layer.weight, *conv)
+
+
+def _why_not_bwd_weight(
+    path: str, layer: MaskedConv2d, conv: Convolution, grad: Tensor, x: Tensor
+) -> str | None:
+    """Return why the GPU's kernel of a path other than cuDNN cannot make the weight gradient."""
+    if path not in BWD_WEIGHT_PATHS:
+        return "it is none of the weight gradient's"
+    weight, mask = layer.weight, layer.mask
+    if not takes_bwd_weight(path, grad, x, weight, mask, False):
+        return "it takes a bool mask, and an fp32 weight in channels_last"
+    reason = why_not_bwd_weight_path(path, weight, conv[3])
+    if reason is None:
+        last = memory_format(weight) == torch.channels_last
+        [words] = lists_of(path, [whole_mask(weight, mask)])
+        given: tuple[Any, ...] = grad, x, words, weight.shape, *conv[:3], mask, last, 1.0
+        backend = ops["conv2d_bwd_weight_live"].choose(*given).backend
+        if backend != "triton":
+            reason = f"the backend would be {backend}"
+    return reason
