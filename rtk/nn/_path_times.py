@@ -49,6 +49,45 @@ def path_times(
     Returns:
         By path, milliseconds of (forward, input gradient, weight gradient); None: cannot be taken.
     """
+    conv, grad, x, ways = _ways(layer, prepared, shape, density)
+    times: dict[str, Times] = {}
+    for path in PATHS:
+        found: list[float | None] = []
+        for way, (run, of, why_not) in enumerate(ways):
+            if path != "cudnn" and why_not(path, layer, conv, grad, x) is not None:
+                found.append(None)
+                continue
+            cudnn = times["cudnn"][way] if path != "cudnn" else None
+            with tuning():
+                found.append(_ms(run, path, of, cudnn))
+        forward_ms, bwd_input_ms, bwd_weight_ms = found
+        times[path] = forward_ms, bwd_input_ms, bwd_weight_ms
+    return times
+
+
+def rehearse(
+    layer: MaskedConv2d,
+    prepared: Tensor,
+    shape: tuple[int, ...],
+    density: float,
+    paths: tuple[str, str, str],
+) -> None:
+    """Run the paths once, as measuring does: kernels are compiled, their tiles chosen.
+
+    A CUDA graph that is captured later finds that done; during a capture it could not be.
+    """
+    *_, ways = _ways(layer, prepared, shape, density)
+    for path, (run, of, _) in zip(paths, ways, strict=True):
+        if path != "cudnn":
+            [lists] = lists_of(path, [of])
+            with tuning():
+                run(path, lists)
+
+
+def _ways(
+    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
+) -> tuple[Convolution, Tensor, Tensor, tuple[tuple[_Run, Tensor, _WhyNot], ...]]:
+    """Return the convolution, a gradient and an input, and what makes the three ways of them."""
     turned = turn_filter(prepared)
     conv = convolution(layer)
     weight, mask = layer.weight, layer.mask
@@ -77,19 +116,7 @@ def path_times(
         (bwd_input, turned, _why_not),
         (bwd_weight, whole_mask(weight, mask), _why_not_bwd_weight),
     )
-    times: dict[str, Times] = {}
-    for path in PATHS:
-        found: list[float | None] = []
-        for way, (run, of, why_not) in enumerate(ways):
-            if path != "cudnn" and why_not(path, layer, conv, grad, x) is not None:
-                found.append(None)
-                continue
-            cudnn = times["cudnn"][way] if path != "cudnn" else None
-            with tuning():
-                found.append(_ms(run, path, of, cudnn))
-        forward_ms, bwd_input_ms, bwd_weight_ms = found
-        times[path] = forward_ms, bwd_input_ms, bwd_weight_ms
-    return times
+    return conv, grad, x, ways
 
 
 def convolution(layer: MaskedConv2d) -> Convolution:

@@ -5,6 +5,10 @@ before and one after the model's forward: the first folds all masks into one are
 find their weights until the second. So a weight is as fresh as the forward that uses it, however it
 was changed, and in a captured CUDA graph the launch is part of the graph. Layers that `tune` gave
 another path than cuDNN find the lists that it reads there too.
+
+The way back is one node of autograd for all layers: the convolutions are PyTorch's own, of weights
+that are ready, and cost no more Python than those of a plain model. It masks and casts the weights'
+gradients when all are there.
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rtk.nn._trace import harmless
 from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, PreparedWeight
 from rtk.ops._conv_paths import PATHS, lists_of, whole_mask
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
+from rtk.ops.prepare_weight import prepare_now
 
 
 class _Plan:
@@ -44,9 +50,12 @@ class _Plan:
         if versions != self._versions:  # a backward that still waits for the old ones must fail
             torch.autograd.graph.increment_version([layer.weight for layer in folded])
             self._versions = versions
+        leaves = [layer.weight for layer in folded]
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights):
+            leaves = _Prepared.apply(self.masks, leaves, *self.weights)
         every = self._lists(folded)
-        for layer, ready, lists in zip(self.layers, folded, every, strict=True):
-            layer._prepared = PreparedWeight(ready.weight, ready.turned, lists)
+        for layer, ready, leaf, lists in zip(self.layers, folded, leaves, every, strict=True):
+            layer._prepared = PreparedWeight(ready.weight, ready.turned, leaf, lists)
 
     def _lists(self, folded: list[FoldedLayer]) -> list[dict[tuple[str, int], Tensor | None]]:
         """Make the lists of all layers, one call a path."""
@@ -58,7 +67,7 @@ class _Plan:
                 if layer.weight.requires_grad:  # its words serve the forward too
                     sources.append(whole_mask(layer.weight, layer.mask))
             for way, source in enumerate(sources):
-                for path in {paths[way] for paths in layer._paths_for.values()} - {"cudnn"}:
+                for path in {paths[way] for paths in layer.paths().values()} - {"cudnn"}:
                     wanted[path][i, LISTS_OF[way]] = source
         lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
         for path, users in wanted.items():
@@ -66,6 +75,30 @@ class _Plan:
             for (i, of), each in zip(users, made, strict=True):
                 lists[i][path, of] = each
         return lists
+
+
+class _Prepared(torch.autograd.Function):
+    """From the masters to the prepared weights, which `ready` holds already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, masks: list[Tensor], ready: list[Tensor], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*masks)
+        ctx.set_materialize_grads(False)
+        leaves = tuple(weight.detach() for weight in ready)
+        frozen = [new for new, old in zip(leaves, weights, strict=True) if not old.requires_grad]
+        ctx.mark_non_differentiable(*frozen)
+        return leaves
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        masked = [
+            None if grad is None else prepare_now(grad, mask, torch.float32, True)
+            for grad, mask in zip(grads, ctx.saved_tensors, strict=True)
+        ]
+        return None, None, *masked
 
 
 _plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()

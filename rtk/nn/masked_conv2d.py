@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,8 +13,10 @@ from rtk import ops
 from rtk.nn._masked import MaskedLayer, adopt, fold_into
 from rtk.ops._conv_paths import CUDNN
 from rtk.ops._fused_conv2d_cuda import DENSITY
+from rtk.ops._registry import is_forced
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 LISTS_OF = (0, 1, 0)  # by way: forward, input gradient, weight gradient; see PreparedWeight.lists
 
 
@@ -24,12 +27,14 @@ class PreparedWeight:
     Attributes:
         weight: (K, C, R, S), masked and cast, channels_last.
         turned: `ops.turn_filter(weight)`.
+        leaf: the same memory as `weight`; its gradient becomes the layer's.
         lists: what paths other than cuDNN read, by path and by what it is of: 0 the weight, for
             the forward and for the weight's gradient, 1 `turned`, for the input's gradient.
     """
 
     weight: Tensor
     turned: Tensor
+    leaf: Tensor
     lists: dict[tuple[str, int], Tensor | None]
 
 
@@ -67,6 +72,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         # By the input's shape, of the forward, the input's and the weight's gradient: what
         # `rtk.nn.tune` found to be fastest.
         self._paths_for: dict[tuple[int, ...], tuple[str, str, str]] = {}
+        self._eager_paths_for: dict[tuple[int, ...], tuple[str, str, str]] = {}
         self._init_mask(mask)
 
     @classmethod
@@ -76,6 +82,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         adopt(layer, conv, mask)
         return layer
 
+    def paths(self) -> dict[tuple[int, ...], tuple[str, str, str]]:
+        """Return what is fastest now, by the input's shape: in a graph launches cost no Python."""
+        eager = self.weight.is_cuda and not torch.cuda.is_current_stream_capturing()
+        return self._eager_paths_for if eager else self._paths_for
+
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -83,7 +94,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             padding = 0
         ready = self._prepared
         if ready is not None and input.dim() == 4:
-            paths = self._paths_for.get(tuple(input.shape), CUDNN)
+            paths = self.paths().get(tuple(input.shape), CUDNN)
+            plain = self.bias is None  # whose gradient autocast would round
+            if plain and paths == CUDNN and input.dtype in _CAST and not is_forced():
+                sizes = self.stride, padding, self.dilation, self.groups
+                return F.conv2d(input, ready.leaf, None, *sizes)
             return masked_conv2d_prepared(
                 input,
                 self.weight,

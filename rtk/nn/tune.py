@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rtk.errors import RtkError
 from rtk.nn._layer_times import LayerTimes, TimesFile
-from rtk.nn._path_times import convolution, path_times
+from rtk.nn._path_times import convolution, path_times, rehearse
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.ops import live_tiles, prepare_weight, sparse_columns
 from rtk.ops._layout import memory_format
@@ -31,8 +31,10 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
     updates its statistics, so tune in eval mode. Then each layer is timed on random activations of
     its shape, as CUDA graph replays. Tickets whose dead weights fill whole blocks of 64 x 64
     channels gain from it, and those of which 97 % and more is dead; others stay with cuDNN. Weights
-    must be fp32 in channels_last for their gradient to gain. Tune again when the mask has changed
-    a lot: a choice that is out of date costs time, never exactness.
+    must be fp32 in channels_last for their gradient to gain. Where launches are captured in a CUDA
+    graph all that is gained is taken; in eager mode only what exceeds the Python that it costs
+    (`LayerTimes.taken_eagerly`). Tune again when the mask has changed a lot: a choice that is out
+    of date costs time, never exactness.
 
     Args:
         model: on a GPU; its masked convolutions' masks are bool.
@@ -74,8 +76,11 @@ def tune(model: nn.Module, *inputs: Tensor) -> list[LayerTimes]:
                 times = LayerTimes(
                     names[layer], shape, live, path_times(layer, weight, shape, live)
                 )
+            else:
+                rehearse(layer, weight, shape, live, times.taken)
         file.put(key, times)
         layer._paths_for[shape], layer._density = times.taken, live
+        layer._eager_paths_for[shape] = times.taken_eagerly
         found.append(times)
     file.save()
     return found

@@ -43,7 +43,7 @@ def convolve(
     `prepared` None is made here.
     """
     tensors = input, weight, mask, prepared, bias
-    if _registry._forced is not None or not _registry.unwatched(*tensors):
+    if _registry.is_forced() or not _registry.unwatched(*tensors):
         return None
     if not (weight.requires_grad and torch.is_grad_enabled() and input.numel()):
         return None

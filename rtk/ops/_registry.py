@@ -55,6 +55,11 @@ def backend(name: str | None) -> Iterator[None]:
         _forced = previous
 
 
+def is_forced() -> bool:
+    """Whether a backend is forced."""
+    return _forced is not None
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend of one op; `serves` gives the reason why it cannot take some arguments."""

@@ -36,6 +36,13 @@ def test_what_is_faster_is_taken(times, taken):
     assert times.taken == taken
 
 
+def test_eagerly_a_path_must_save_what_its_python_costs():
+    skip = {"cudnn": (1.0, 1.0, 1.0), "skip": (0.9, 0.5, 0.7)}
+    times = LayerTimes("layer", (1, 64, 8, 8), 0.1, skip)
+    assert times.taken == ("skip", "skip", "skip")
+    assert times.taken_eagerly == ("cudnn", "skip", "skip")
+
+
 def on_cpu(monkeypatch, timed: list[tuple[float, ...]]) -> None:
     """Let every kernel be there, and let the clock note how many calls it saw and their limit."""
 
@@ -148,6 +155,7 @@ def test_a_replay_reads_the_masks_of_its_moment(path):
     model, x = network(scattered())
     for layer in model:
         layer._paths_for[tuple(x.shape)] = (path, path, "skip")
+        layer._eager_paths_for = layer._paths_for  # so that kernels are compiled before the capture
 
     def step() -> tuple[torch.Tensor, ...]:
         leaf = x.detach().requires_grad_()
