@@ -61,13 +61,16 @@ class _Plan:
         """Make the lists of all layers, one call a path."""
         wanted: dict[str, dict[tuple[int, int], Tensor]] = {path: {} for path in PATHS[1:]}
         for i, (layer, ready) in enumerate(zip(self.layers, folded, strict=True)):
+            taken = layer.paths()
+            if not taken:
+                continue
             sources = [ready.weight]  # by way
             if torch.is_grad_enabled():
                 sources.append(ready.turned)
                 if layer.weight.requires_grad:  # its words serve the forward too
                     sources.append(whole_mask(layer.weight, layer.mask))
             for way, source in enumerate(sources):
-                for path in {paths[way] for paths in layer.paths().values()} - {"cudnn"}:
+                for path in {paths[way] for paths in taken.values()} - {"cudnn"}:
                     wanted[path][i, LISTS_OF[way]] = source
         lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
         for path, users in wanted.items():
