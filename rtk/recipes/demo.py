@@ -27,7 +27,7 @@ ATTACK = AttackConfig(name="pgd", eps=0.1, steps=3)
 # on every machine.
 MACHINE: dict[str, Any] = {"device": "cpu", "threads": 1}
 TRAIN = TrainConfig(
-    epochs=8, batch_size=64, lr=0.05, schedule="cosine", warmup_epochs=1, weight_decay=5e-4
+    epochs=6, batch_size=64, lr=0.05, schedule="cosine", warmup_epochs=1, weight_decay=5e-4
 )
 
 
@@ -91,7 +91,7 @@ def _road(out: Path, name: str, seed: int, attack: AttackConfig) -> list[StageCo
                     ticket=drawn,
                     mode=mode,
                     data=DataConfig("digits[5-9]"),
-                    train=replace(TRAIN, epochs=3),
+                    train=replace(TRAIN, epochs=2),
                 )
             )
             stages.append(
@@ -100,7 +100,7 @@ def _road(out: Path, name: str, seed: int, attack: AttackConfig) -> list[StageCo
                     seed=seed,
                     **MACHINE,
                     checkpoint=transferred,
-                    attack=replace(ATTACK, steps=10, step_size=ATTACK.eps / 4),
+                    attack=replace(ATTACK, steps=7, step_size=ATTACK.eps / 4),
                 )
             )
     return stages
