@@ -145,17 +145,19 @@ Ring plan_ring(int64_t n, int64_t chw, int device) {
   constexpr int64_t kBytes = sizeof(A) + sizeof(G) + sizeof(X);  // that a pixel takes in shared memory
   constexpr int64_t kMostPart = kHeldUnits<A, G, X, kWidth> * kMostWorkers * 32 * kWidth;
   constexpr int64_t kRound = 500;  // what an image costs a block beside its pixels, in pixels
-  constexpr int kComing = 2;       // slots for pixels that are not summed yet
+  constexpr int kComing = 1;       // slots for pixels that are not summed yet
   Ring ring;
   if (!attribute(cudaDevAttrCooperativeLaunch, device) || !has_clusters(pgd_step_l2_ring<A, G, X, kWidth>, device) ||
       n > std::numeric_limits<int>::max() / 2 || chw > std::numeric_limits<int>::max() / 2) {
     return ring;
   }
   const int64_t multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int64_t{sizeof(RingShared)};
+  const int64_t most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) -
+                       ceil_div(int64_t{sizeof(RingShared)}, kLine) * kLine;
 
   // The multiprocessor with the most to do decides.
-  const auto part_of = [chw](int64_t ranks) { return ceil_div(ceil_div(chw, ranks), kPartPixels) * kPartPixels; };
+  constexpr int kUnit = kPartPixels<A, G, X>;
+  const auto part_of = [chw](int64_t ranks) { return ceil_div(ceil_div(chw, ranks), kUnit) * kUnit; };
   int64_t ranks = 0, best = std::numeric_limits<int64_t>::max();
   for (int64_t r = ceil_div(chw, kMostPart); r <= std::min<int64_t>(multiprocessors, kMostRingRanks); ++r) {
     const int64_t cost = ceil_div(n, std::min(n, multiprocessors / r)) * (part_of(r) + kRound);
@@ -208,7 +210,7 @@ void launch_once(const PgdStep& p, int device, cudaStream_t stream, size_t* byte
     if (!bytes) launch_small<A, G, X, kWidth>(p, stream);
     return;
   }
-  const Ring& ring = p.chw % kPartPixels ? Ring{} : ring_for<A, G, X, kWidth>(p.n, p.chw, device);
+  const Ring& ring = p.chw % kCopyPixels ? Ring{} : ring_for<A, G, X, kWidth>(p.n, p.chw, device);
   if (bytes) {
     *bytes = workspace_bytes(ring);
   } else if (ring.ranks) {

@@ -20,6 +20,7 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/hopper.h"
@@ -34,9 +35,14 @@ constexpr int kHeldBytes = 120;         // of one of them in one thread, at most
 constexpr int kMostWorkers = 17;        // warps
 constexpr int kServants = 3;            // the other warps
 constexpr int kMostRingRanks = 5 * 32;  // a lane of the gatherer reads five
-constexpr int kPartPixels = 16;         // a part is a multiple of that: 16 bytes of uint8, the copy engine's unit
+constexpr int kCopyPixels = 16;         // 16 bytes of uint8, the copy engine's unit: images are multiples of it
+constexpr int kLine = 128;              // bytes; copies to an address in shared memory that is none take a tenth longer
 constexpr int kMostSlots = 16;
 constexpr int kDesks = 16;              // images between their sum and their writing: more than lag + kHeld
+
+// A part is a multiple of that, so that the parts of all three tensors begin at lines.
+template <class A, class G, class X>
+constexpr int kPartPixels = kLine / std::min({sizeof(A), sizeof(G), sizeof(X)});
 
 // Units of a part in one thread.
 template <class A, class G, class X, int kWidth>
@@ -294,7 +300,7 @@ template <class A, class G, class X, int kWidth>
 __global__ void __launch_bounds__((kMostWorkers + kServants) * 32, 1)
     pgd_step_l2_ring(const __grid_constant__ PgdStep p, const __grid_constant__ Ring ring, Letter* letters) {
 #if __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(16) unsigned char slots[];
+  extern __shared__ __align__(kLine) unsigned char slots[];
   __shared__ RingShared shared;
   const int groups = ring.blocks / ring.ranks, group = blockIdx.x / ring.ranks;
   const int images = (static_cast<int>(p.n) - group + groups - 1) / groups;
