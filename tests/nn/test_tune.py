@@ -36,11 +36,15 @@ def test_what_is_faster_is_taken(times, taken):
     assert times.taken == taken
 
 
-def test_eagerly_a_path_must_save_what_its_python_costs():
-    skip = {"cudnn": (1.0, 1.0, 1.0), "skip": (0.9, 0.5, 0.7)}
-    times = LayerTimes("layer", (1, 64, 8, 8), 0.1, skip)
+@pytest.mark.parametrize(
+    ("skip", "taken"),
+    [((0.9, 0.5, 0.7), ("skip", "skip", "skip")), ((0.9, 0.7, 0.8), ("cudnn",) * 3)],
+)
+def test_eagerly_a_layer_must_save_what_its_python_costs(skip, taken):
+    dense = (1.0, 1.0, 1.0)
+    times = LayerTimes("layer", (1, 64, 8, 8), 0.1, {"cudnn": dense, "skip": skip})
     assert times.taken == ("skip", "skip", "skip")
-    assert times.taken_eagerly == ("cudnn", "skip", "skip")
+    assert times.taken_eagerly == taken
 
 
 def on_cpu(monkeypatch, timed: list[tuple[float, ...]]) -> None:
