@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <array>
 #include <sstream>
+#include <tuple>
+#include <vector>
 
 #include "build_config.h"
 #include "rtk.h"
@@ -105,6 +107,15 @@ void prepare_weight_on_stream(Address w, int w_dtype, const Four& w_strides, Add
   prepare_weight_cuda(prepare_weight_args(w, w_dtype, w_strides, mask, mask_dtype, mask_strides, out, out_dtype,
                                           out_strides, sizes),
                       device, pointer(stream));
+}
+
+// What `prepare_weight_args` takes, a layer each.
+using PrepareWeightArgs = std::tuple<Address, int, Four, Address, int, Four, Address, int, Four, Four>;
+
+void prepare_weights_on_stream(const std::vector<PrepareWeightArgs>& layers, int device, Address stream) {
+  std::vector<PrepareWeight> all;
+  for (const PrepareWeightArgs& layer : layers) all.push_back(std::apply(prepare_weight_args, layer));
+  prepare_weights_cuda(all, device, pointer(stream));
 }
 
 void fold_weights_on_stream(Address table, int layers, int64_t tiles, int device, Address stream) {
@@ -291,6 +302,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pgd_step_cuda", &pgd_step_on_stream, no_gil);
   module.def("pgd_step_workspace", &pgd_step_workspace_for, no_gil);
   module.def("prepare_weight_cuda", &prepare_weight_on_stream, no_gil);
+  module.def("prepare_weights_cuda", &prepare_weights_on_stream, no_gil);
   module.def("fold_weights_cuda", &fold_weights_on_stream, no_gil);
   module.attr("topk_mask_tensors") = kTopkMaskTensors;
   module.def("topk_mask_workspace", &topk_mask_workspace, no_gil);

@@ -213,6 +213,8 @@ std::vector<std::string> built_isas();
 #ifdef RTK_HAS_CUDA
 // Queued on the stream of the device; throws std::runtime_error with CUDA's name of a failed launch.
 void prepare_weight_cuda(const PrepareWeight&, int device, void* stream);
+// One launch where all are alike, and each one run of elements.
+void prepare_weights_cuda(const std::vector<PrepareWeight>&, int device, void* stream);
 // Folds masks and batch norms into `layers` weights, rows of the device table that is described in
 // cuda/fold_weights.cu; `tiles` is the sum of their tiles.
 void fold_weights_cuda(const void* table, int layers, int64_t tiles, int device, void* stream);

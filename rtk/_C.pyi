@@ -5,7 +5,7 @@ rtk.ops. Every function runs without the GIL; `threads` is the most threads that
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class _BuildInfo(TypedDict):
     compiler: str
@@ -205,6 +205,9 @@ def prepare_weight_cuda(
     /,
 ) -> None:
     """prepare_weight_cpu on device memory, queued on a raw stream; absent without CUDA."""
+
+def prepare_weights_cuda(layers: Sequence[tuple[Any, ...]], device: int, stream: int, /) -> None:
+    """The same for many layers, each its arguments up to `sizes`; one launch if they are alike."""
 
 def fold_weights_cuda(
     table_ptr: int,

@@ -2,7 +2,7 @@
 //
 // Two kernels: eight elements a thread where the three tensors are dense in one order and aligned,
 // and one element a thread over strides (other layouts, broadcast masks, f64) else. Both wait for
-// nothing and run on the caller's stream.
+// nothing and run on the caller's stream. The first takes the weights of many layers at once.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "cuda/launch.h"
 #include "rtk.h"
@@ -58,10 +60,29 @@ struct alignas(sizeof(T) * kVector < 16 ? sizeof(T) * kVector : 16) Pack {
   T at[kVector];
 };
 
+// Weights of some layers, each a run of elements; a block's part of the work begins at its first block.
+constexpr int kMostRuns = 96;  // what a kernel's arguments have room for
+
 template <class W, class Mask, class Out>
-__global__ void __launch_bounds__(kThreads)
-    prepare_dense(const W* __restrict__ w, const Mask* __restrict__ mask, Out* __restrict__ out, int64_t count) {
-  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kVector;
+struct Runs {
+  struct Run {
+    const W* w;
+    const Mask* mask;
+    Out* out;
+    int64_t count, first_block;
+  } at[kMostRuns];
+  int runs;
+};
+
+template <class W, class Mask, class Out>
+__global__ void __launch_bounds__(kThreads) prepare_dense(const __grid_constant__ Runs<W, Mask, Out> p) {
+  int low = 0, high = p.runs;  // the run of this block is the last that begins no later
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (p.at[middle].first_block <= blockIdx.x ? low : high) = middle;
+  }
+  const auto [w, mask, out, count, first_block] = p.at[low];
+  const int64_t first = ((blockIdx.x - first_block) * kThreads + threadIdx.x) * kVector;
   if (first + kVector <= count) {
     const Pack<W> ws = *reinterpret_cast<const Pack<W>*>(w + first);
     const Pack<Mask> masks = *reinterpret_cast<const Pack<Mask>*>(mask + first);
@@ -150,41 +171,57 @@ bool dense(const PrepareWeight& p) {
 bool aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 template <class W, class Mask, class Out>
-bool launch_dense(const PrepareWeight& p, cudaStream_t stream) {
-  if (!aligned(p.w, alignof(Pack<W>)) || !aligned(p.mask, alignof(Pack<Mask>)) || !aligned(p.out, alignof(Pack<Out>))) {
-    return false;
+bool launch_dense(const std::vector<PrepareWeight>& all, cudaStream_t stream) {
+  for (const PrepareWeight& p : all) {
+    if (!aligned(p.w, alignof(Pack<W>)) || !aligned(p.mask, alignof(Pack<Mask>)) ||
+        !aligned(p.out, alignof(Pack<Out>))) {
+      return false;
+    }
   }
-  const int64_t count = count_of(p), per_block = kThreads * kVector;
-  launch("prepare_weight", prepare_dense<W, Mask, Out>, (count + per_block - 1) / per_block, kThreads, 0, stream,
-         static_cast<const W*>(p.w), static_cast<const Mask*>(p.mask), static_cast<Out*>(p.out), count);
+  for (size_t first = 0; first < all.size(); first += kMostRuns) {
+    Runs<W, Mask, Out> runs;
+    runs.runs = static_cast<int>(std::min<size_t>(kMostRuns, all.size() - first));
+    int64_t blocks = 0;
+    for (int i = 0; i < runs.runs; ++i) {
+      const PrepareWeight& p = all[first + i];
+      const int64_t count = count_of(p), per_block = kThreads * kVector;
+      runs.at[i] = {static_cast<const W*>(p.w), static_cast<const Mask*>(p.mask), static_cast<Out*>(p.out), count,
+                    blocks};
+      blocks += (count + per_block - 1) / per_block;
+    }
+    launch("prepare_weight", prepare_dense<W, Mask, Out>, blocks, kThreads, 0, stream, runs);
+  }
   return true;
 }
 
 template <class W, class Mask>
-bool dense_by_out(const PrepareWeight& p, cudaStream_t stream) {
-  switch (p.out_dtype) {
-    case DType::f32: return launch_dense<W, Mask, float>(p, stream);
-    case DType::bf16: return launch_dense<W, Mask, __nv_bfloat16>(p, stream);
-    case DType::f16: return launch_dense<W, Mask, __half>(p, stream);
+bool dense_by_out(const std::vector<PrepareWeight>& all, cudaStream_t stream) {
+  switch (all[0].out_dtype) {
+    case DType::f32: return launch_dense<W, Mask, float>(all, stream);
+    case DType::bf16: return launch_dense<W, Mask, __nv_bfloat16>(all, stream);
+    case DType::f16: return launch_dense<W, Mask, __half>(all, stream);
     default: return false;
   }
 }
 
 template <class W>
-bool dense_by_mask(const PrepareWeight& p, cudaStream_t stream) {
-  switch (p.mask_dtype) {
-    case DType::b1: return dense_by_out<W, B1>(p, stream);
-    case DType::f32: return dense_by_out<W, float>(p, stream);
+bool dense_by_mask(const std::vector<PrepareWeight>& all, cudaStream_t stream) {
+  switch (all[0].mask_dtype) {
+    case DType::b1: return dense_by_out<W, B1>(all, stream);
+    case DType::f32: return dense_by_out<W, float>(all, stream);
     default: return false;
   }
 }
 
-// False where the fast kernel does not serve these types or addresses.
-bool try_dense(const PrepareWeight& p, cudaStream_t stream) {
-  switch (p.w_dtype) {
-    case DType::f32: return dense_by_mask<float>(p, stream);
-    case DType::bf16: return dense_by_mask<__nv_bfloat16>(p, stream);
-    case DType::f16: return dense_by_mask<__half>(p, stream);
+// False where the fast kernel does not serve these types, layouts or addresses. All have the types of the first.
+bool try_dense(const std::vector<PrepareWeight>& all, cudaStream_t stream) {
+  for (const PrepareWeight& p : all) {
+    if (!dense(p)) return false;
+  }
+  switch (all[0].w_dtype) {
+    case DType::f32: return dense_by_mask<float>(all, stream);
+    case DType::bf16: return dense_by_mask<__nv_bfloat16>(all, stream);
+    case DType::f16: return dense_by_mask<__half>(all, stream);
     default: return false;
   }
 }
@@ -206,17 +243,26 @@ bool is_float(DType dtype) {
 
 }  // namespace
 
-void prepare_weight_cuda(const PrepareWeight& unsorted, int device, void* stream_address) {
-  if (!is_float(unsorted.w_dtype) || !is_float(unsorted.out_dtype) ||
-      !(is_float(unsorted.mask_dtype) || unsorted.mask_dtype == DType::b1)) {
-    throw std::invalid_argument("prepare_weight: w and out must be f32, f64, bf16 or f16, the mask one of them or b1");
+void prepare_weights_cuda(const std::vector<PrepareWeight>& unsorted, int device, void* stream_address) {
+  std::vector<PrepareWeight> all;
+  for (const PrepareWeight& p : unsorted) {
+    if (!is_float(p.w_dtype) || !is_float(p.out_dtype) || !(is_float(p.mask_dtype) || p.mask_dtype == DType::b1)) {
+      throw std::invalid_argument(
+          "prepare_weight: w and out must be f32, f64, bf16 or f16, the mask one of them or b1");
+    }
+    if (count_of(p)) all.push_back(sorted(p));
   }
-  if (count_of(unsorted) == 0) return;
   const DeviceGuard guard("prepare_weight", device);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_address);
-  const PrepareWeight p = sorted(unsorted);
-  if (dense(p) && try_dense(p, stream)) return;
-  p.w_dtype == DType::f64 ? launch_strided<double>(p, stream) : launch_strided<float>(p, stream);
+  const auto types = [](const PrepareWeight& p) { return std::tuple(p.w_dtype, p.mask_dtype, p.out_dtype); };
+  const bool alike = std::all_of(all.begin(), all.end(), [&](const auto& p) { return types(p) == types(all[0]); });
+  if (all.empty() || (alike && try_dense(all, stream))) return;
+  for (const PrepareWeight& p : all) {
+    if (try_dense({p}, stream)) continue;
+    p.w_dtype == DType::f64 ? launch_strided<double>(p, stream) : launch_strided<float>(p, stream);
+  }
 }
+
+void prepare_weight_cuda(const PrepareWeight& p, int device, void* stream) { prepare_weights_cuda({p}, device, stream); }
 
 }  // namespace rtk

@@ -24,7 +24,7 @@ from rtk.nn._trace import harmless
 from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, PreparedWeight
 from rtk.ops._conv_paths import PATHS, lists_of, whole_mask
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
-from rtk.ops.prepare_weight import prepare_now
+from rtk.ops.prepare_weight import prepare_all_now
 
 
 class _Plan:
@@ -97,10 +97,12 @@ class _Prepared(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        masked = [
-            None if grad is None else prepare_now(grad, mask, torch.float32, True)
-            for grad, mask in zip(grads, ctx.saved_tensors, strict=True)
-        ]
+        known = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        masks = [ctx.saved_tensors[i] for i, _ in known]
+        masked: list[Tensor | None] = [None] * len(grads)
+        results = prepare_all_now([grad for _, grad in known], masks, torch.float32, True)
+        for (i, _), result in zip(known, results, strict=True):
+            masked[i] = result
         return None, None, *masked
 
 

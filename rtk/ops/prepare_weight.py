@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ def _compiled_arguments(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Allocate the result and describe all three tensors to C++, padded to four dimensions."""
     out = _fake(weight, mask, dtype, channels_last)
-    expanded = mask.expand(weight.shape)  # broadcast dimensions get stride 0, nothing is copied
+    # Broadcast dimensions get stride 0, nothing is copied.
+    expanded = mask if mask.shape == weight.shape else mask.expand(weight.shape)
     pad = 4 - weight.dim()
 
     def strides(tensor: Tensor) -> list[int]:
@@ -196,6 +198,22 @@ def prepare_now(weight: Tensor, mask: Tensor, dtype: torch.dtype, channels_last:
     """Run `prepare_weight` inside another op: arguments are checked, the dispatcher is behind."""
     arguments = (weight, mask, dtype, channels_last)
     return _op.choose(*arguments).run(*arguments)
+
+
+def prepare_all_now(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype, channels_last: bool
+) -> list[Tensor]:
+    """Run `prepare_now` on every layer; on a GPU one launch serves all that are alike."""
+    layers = [(w, m, dtype, channels_last) for w, m in zip(weights, masks, strict=True)]
+    chosen = [_op.choose(*layer) for layer in layers]
+    devices = {weight.device for weight in weights}
+    if len(devices) != 1 or any(each.run is not _cuda for each in chosen):
+        return [each.run(*layer) for each, layer in zip(chosen, layers, strict=True)]
+    described = [_compiled_arguments(*layer) for layer in layers]
+    [device] = devices
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _compiled._C.prepare_weights_cuda([row for _, row in described], device.index, stream)
+    return [out for out, _ in described]
 
 
 def prepare_below_autograd(

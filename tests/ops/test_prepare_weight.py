@@ -8,6 +8,7 @@ import torch
 from rtk.errors import RtkError
 from rtk.ops import backend as forced
 from rtk.ops import prepare_weight
+from rtk.ops.prepare_weight import prepare_all_now
 
 OP = "prepare_weight"
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -167,3 +168,20 @@ def test_the_cpu_backend_refuses_five_dimensions_and_the_reference_takes_them():
     assert torch.equal(prepare_weight(w, m), w * m)
     with forced("cpu"), pytest.raises(RtkError, match=r"forced backend 'cpu' cannot.*5-D"):
         prepare_weight(w, m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_many_layers_at_once_are_each_what_it_is_alone(dtype, device):
+    torch.manual_seed(0)
+    sizes = [(8, 4, 3, 3), (3, 5, 1, 1), (1, 1, 7, 7), (0, 3, 3, 3)] + [(64, 8, 3, 3)] * 120
+    weights = [torch.randn(size, device=device).to(torch.bfloat16) for size in sizes]
+    masks = [torch.rand(size, device=device) < 0.5 for size in sizes]
+    last = [t.to(memory_format=torch.channels_last) for t in (*weights, *masks)]
+    alike = last[: len(sizes)], last[len(sizes) :]  # one run of elements each
+    mixed = [weights[0].float(), *alike[0][1:]], [masks[0][:, :1], masks[1], *alike[1][2:]]
+    for some_weights, some_masks in (alike, mixed, ([], [])):
+        results = prepare_all_now(some_weights, some_masks, dtype, True)
+        assert len(results) == len(some_weights)
+        for result, weight, mask in zip(results, some_weights, some_masks, strict=True):
+            assert result.is_contiguous(memory_format=torch.channels_last)
+            assert_same_bits(result, expected(weight, mask, dtype))
