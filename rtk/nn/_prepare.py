@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rtk.nn._trace import harmless
-from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, PreparedWeight
-from rtk.ops._conv_paths import PATHS, lists_of, whole_mask
+from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, Paths, PreparedWeight
+from rtk.ops._conv_paths import CUDNN, PATHS, lists_of, whole_mask
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.prepare_weight import prepare_all_now
 
@@ -38,11 +38,12 @@ class _Plan:
         self._versions: list[int] = []
 
     def serves(self) -> bool:
-        """Whether the layers still have the tensors that it was made for."""
-        return all(
-            layer.mask is mask and layer.weight is weight and _serves(layer)
+        """Whether the layers still have the tensors that it was made for, as they were then."""
+        same = all(
+            layer._buffers.get("mask") is mask and layer._parameters["weight"] is weight
             for layer, mask, weight in zip(self.layers, self.masks, self.weights, strict=True)
         )
+        return same and (not self.fold.moved or all(map(_serves, self.layers)))
 
     def run(self) -> None:
         folded = self.fold()
@@ -53,16 +54,29 @@ class _Plan:
         leaves = [layer.weight for layer in folded]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights):
             leaves = _Prepared.apply(self.masks, leaves, *self.weights)
-        every = self._lists(folded)
-        for layer, ready, leaf, lists in zip(self.layers, folded, leaves, every, strict=True):
-            layer._prepared = PreparedWeight(ready.weight, ready.turned, leaf, lists)
+        eager = self.weights[0].is_cuda and not _capturing()
+        paths = [layer._eager_paths_for if eager else layer._paths_for for layer in self.layers]
+        every = self._lists(folded, paths)
+        for layer, ready, leaf, taken, lists in zip(
+            self.layers, folded, leaves, paths, every, strict=True
+        ):
+            # Past Module.__setattr__, which takes longer than all else here.
+            layer.__dict__["_prepared"] = PreparedWeight(
+                ready.weight, ready.turned, leaf, taken, lists
+            )
 
-    def _lists(self, folded: list[FoldedLayer]) -> list[dict[tuple[str, int], Tensor | None]]:
+    def forget(self) -> None:
+        """Take from the layers what `run` gave them."""
+        for layer in self.layers:
+            layer.__dict__["_prepared"] = None
+
+    def _lists(
+        self, folded: list[FoldedLayer], paths: list[Paths]
+    ) -> list[dict[tuple[str, int], Tensor | None]]:
         """Make the lists of all layers, one call a path."""
         wanted: dict[str, dict[tuple[int, int], Tensor]] = {path: {} for path in PATHS[1:]}
-        for i, (layer, ready) in enumerate(zip(self.layers, folded, strict=True)):
-            taken = layer.paths()
-            if not taken:
+        for i, (layer, ready, taken) in enumerate(zip(self.layers, folded, paths, strict=True)):
+            if all(each == CUDNN for each in taken.values()):
                 continue
             sources = [ready.weight]  # by way
             if torch.is_grad_enabled():
@@ -70,7 +84,7 @@ class _Plan:
                 if layer.weight.requires_grad:  # its words serve the forward too
                     sources.append(whole_mask(layer.weight, layer.mask))
             for way, source in enumerate(sources):
-                for path in {paths[way] for paths in taken.values()} - {"cudnn"}:
+                for path in {each[way] for each in taken.values()} - {"cudnn"}:
                     wanted[path][i, LISTS_OF[way]] = source
         lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
         for path, users in wanted.items():
@@ -139,7 +153,7 @@ def _before(model: nn.Module, _: Any) -> None:
         if not layers or _capturing():
             return
         plan = _plans[model] = _Plan(layers)
-    if not (plan.fold.moved and _capturing()):
+    if not (_capturing() and plan.fold.moved):
         plan.run()
 
 
@@ -149,8 +163,7 @@ def _after(model: nn.Module, *_: Any) -> None:
         return
     plan = _plans.get(model)
     if plan is not None:
-        for layer in plan.layers:
-            layer._prepared = None
+        plan.forget()
 
 
 def _wanted() -> bool:

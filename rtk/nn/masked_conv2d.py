@@ -20,6 +20,10 @@ _CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
 LISTS_OF = (0, 1, 0)  # by way: forward, input gradient, weight gradient; see PreparedWeight.lists
 
 
+# By the input's shape: the paths of the forward, the input's and the weight's gradient.
+Paths = dict[tuple[int, ...], tuple[str, str, str]]
+
+
 @dataclass(frozen=True, eq=False)
 class PreparedWeight:
     """What a model's forward has prepared of a layer's weight.
@@ -28,6 +32,7 @@ class PreparedWeight:
         weight: (K, C, R, S), masked and cast, channels_last.
         turned: `ops.turn_filter(weight)`.
         leaf: the same memory as `weight`; its gradient becomes the layer's.
+        paths: by the input's shape, what is fastest of the forward and the gradients.
         lists: what paths other than cuDNN read, by path and by what it is of: 0 the weight, for
             the forward and for the weight's gradient, 1 `turned`, for the input's gradient.
     """
@@ -35,6 +40,7 @@ class PreparedWeight:
     weight: Tensor
     turned: Tensor
     leaf: Tensor
+    paths: Paths
     lists: dict[tuple[str, int], Tensor | None]
 
 
@@ -69,10 +75,10 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # By the input's shape, of the forward, the input's and the weight's gradient: what
-        # `rtk.nn.tune` found to be fastest.
-        self._paths_for: dict[tuple[int, ...], tuple[str, str, str]] = {}
-        self._eager_paths_for: dict[tuple[int, ...], tuple[str, str, str]] = {}
+        # What `rtk.nn.tune` found to be fastest: in a CUDA graph, where launches cost no Python;
+        # and eagerly.
+        self._paths_for: Paths = {}
+        self._eager_paths_for: Paths = {}
         self._init_mask(mask)
 
     @classmethod
@@ -82,11 +88,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         adopt(layer, conv, mask)
         return layer
 
-    def paths(self) -> dict[tuple[int, ...], tuple[str, str, str]]:
-        """Return what is fastest now, by the input's shape: in a graph launches cost no Python."""
-        eager = self.weight.is_cuda and not torch.cuda.is_current_stream_capturing()
-        return self._eager_paths_for if eager else self._paths_for
-
     def forward(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
@@ -94,7 +95,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             padding = 0
         ready = self._prepared
         if ready is not None and input.dim() == 4:
-            paths = self.paths().get(tuple(input.shape), CUDNN)
+            paths = ready.paths.get(tuple(input.shape), CUDNN) if ready.paths else CUDNN
             plain = self.bias is None  # whose gradient autocast would round
             if plain and paths == CUDNN and input.dtype in _CAST and not is_forced():
                 sizes = self.stride, padding, self.dilation, self.groups

@@ -146,6 +146,7 @@ class FoldPlan:
                 layer.weight.device,
             )
         self.layers = list(layers)
+        self._tensors = [tensor for layer in layers for tensor in layer.tensors()]
         self.dtype = dtype
         self.device = first.device
         exact = torch.promote_types(first.dtype, torch.float32)
@@ -169,7 +170,7 @@ class FoldPlan:
         return self._backend() == "cuda" and self._now() != self._addresses
 
     def _now(self) -> list[int]:
-        return [0 if t is None else t.data_ptr() for layer in self.layers for t in layer.tensors()]
+        return [0 if t is None else t.data_ptr() for t in self._tensors]
 
     def _why_not_cuda(self) -> str | None:
         weight = self.layers[0].weight
