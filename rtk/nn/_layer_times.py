@@ -74,7 +74,7 @@ class TimesFile:
         root = os.environ.get("RTK_CACHE") or Path.home() / ".cache" / "rtk"
         self._path = Path(root) / "conv-times.json"
         gpu = torch.cuda.get_device_name(device)
-        self._machine = f"rtk {__version__}, {gpu}, torch {torch.__version__}, three ways"
+        self._machine = f"rtk {__version__}, {gpu}, torch {torch.__version__}, three ways, cold"
         self._known: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # none yet, or not ours: measured again
             self._known = dict(json.loads(self._path.read_text()))

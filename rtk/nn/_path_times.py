@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,20 @@ from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 Convolution = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
 
-_Run = Callable[[str, Tensor | None], object]
+_Run = Callable[[str, Tensor | None, int], object]
 _WhyNot = Callable[[str, MaskedConv2d, Convolution, Tensor, Tensor], str | None]
 
 _HOPELESS = 2.0  # times cuDNN's time: after a few calls, no more
+_MOST_COPIES = 10  # of what a layer is timed on: as many as `graph_ms` makes calls
 
 
 def path_times(
     layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
 ) -> dict[str, Times]:
     """Measure a layer on random activations, as CUDA graph replays.
+
+    The calls of a graph read copies of their own, so that each finds the L2 cache as it does in a
+    network: what is fastest on data that are there already may be slowest on data that are not.
 
     Args:
         layer: on a GPU.
@@ -79,44 +83,77 @@ def rehearse(
     *_, ways = _ways(layer, prepared, shape, density)
     for path, (run, of, _) in zip(paths, ways, strict=True):
         if path != "cudnn":
-            [lists] = lists_of(path, [of])
+            [lists] = lists_of(path, of[:1])
             with tuning():
-                run(path, lists)
+                run(path, lists, 0)
+
+
+class _Given(NamedTuple):
+    """What a call reads."""
+
+    x: Tensor
+    grad: Tensor
+    weight: Tensor
+    mask: Tensor
+    prepared: Tensor
+    turned: Tensor
 
 
 def _ways(
     layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
-) -> tuple[Convolution, Tensor, Tensor, tuple[tuple[_Run, Tensor, _WhyNot], ...]]:
-    """Return the convolution, a gradient and an input, and what makes the three ways of them."""
+) -> tuple[Convolution, Tensor, Tensor, tuple[tuple[_Run, list[Tensor], _WhyNot], ...]]:
+    """Return the convolution, a gradient and an input, and what makes the three ways of them.
+
+    A way is called with a path, its lists and the number of the call; beside it stands what the
+    lists of each copy are made of.
+    """
     turned = turn_filter(prepared)
     conv = convolution(layer)
-    weight, mask = layer.weight, layer.mask
+    weight, mask = layer.weight.detach(), layer.mask
     x = torch.randn(shape, device=prepared.device, dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
-    given = weight, mask, prepared, turned, None, *conv
-    grad = torch.randn_like(masked_conv2d_prepared(x, *given))
+    grad = torch.randn_like(masked_conv2d_prepared(x, weight, mask, prepared, turned, None, *conv))
+    copies = [_Given(x, grad, weight, mask, prepared, turned)]
+    for _ in range(_copies(x.nbytes + grad.nbytes, x.device) - 1):
+        copies.append(_Given(*(tensor.clone() for tensor in copies[0])))
 
-    def forward(path: str, lists: Tensor | None) -> Tensor:
-        return masked_conv2d_prepared(x, *given, (path, *CUDNN[1:]), (lists, *NO_LISTS[1:]))
+    def forward(path: str, lists: Tensor | None, call: int) -> Tensor:
+        given = copies[call % len(copies)]
+        return masked_conv2d_prepared(
+            given.x, *given[2:], None, *conv, (path, *CUDNN[1:]), (lists, *NO_LISTS[1:])
+        )
 
-    def bwd_input(path: str, lists: Tensor | None) -> Tensor:
+    def bwd_input(path: str, lists: Tensor | None, call: int) -> Tensor:
+        given = copies[call % len(copies)]
         result: Tensor = torch.ops.rtk.masked_conv2d_bwd_input(
-            grad, prepared, turned, shape, *conv, path, lists
+            given.grad, given.prepared, given.turned, shape, *conv, path, lists
         )
         return result
 
-    def bwd_weight(path: str, lists: Tensor | None) -> list[Tensor]:
+    def bwd_weight(path: str, lists: Tensor | None, call: int) -> list[Tensor]:
+        x, grad, weight, mask, *_ = copies[call % len(copies)]
         result: list[Tensor] = torch.ops.rtk.masked_conv2d_bwd_weight(
             grad, x, weight, mask, *conv, [True, False], path, lists, density
         )
         return result
 
-    ways: tuple[tuple[_Run, Tensor, _WhyNot], ...] = (
-        (forward, prepared, _why_not),
-        (bwd_input, turned, _why_not),
-        (bwd_weight, whole_mask(weight, mask), _why_not_bwd_weight),
+    ways: tuple[tuple[_Run, list[Tensor], _WhyNot], ...] = (
+        (forward, [given.prepared for given in copies], _why_not),
+        (bwd_input, [given.turned for given in copies], _why_not),
+        (
+            bwd_weight,
+            [whole_mask(given.weight, given.mask) for given in copies],
+            _why_not_bwd_weight,
+        ),
     )
     return conv, grad, x, ways
+
+
+def _copies(size: int, device: torch.device) -> int:
+    """Return how many copies of `size` bytes the L2 cache cannot hold together."""
+    if device.type != "cuda":
+        return 1
+    return min(_MOST_COPIES, 1 + torch.cuda.get_device_properties(device).L2_cache_size // size)
 
 
 def convolution(layer: MaskedConv2d) -> Convolution:
@@ -127,12 +164,12 @@ def convolution(layer: MaskedConv2d) -> Convolution:
     return stride, padding, dilation, layer.groups
 
 
-def _ms(run: _Run, path: str, of: Tensor, cudnn: float | None) -> float:
+def _ms(run: _Run, path: str, of: list[Tensor], cudnn: float | None) -> float:
     """Return milliseconds of a call; the lists of all are made first, as a model's forward does."""
 
     def calls(count: int) -> None:
-        for lists in lists_of(path, [of] * count):
-            run(path, lists)
+        for call, lists in enumerate(lists_of(path, [of[i % len(of)] for i in range(count)])):
+            run(path, lists, call)
 
     return graph_ms(calls) if cudnn is None else graph_ms(calls, enough=_HOPELESS * cudnn)
 
