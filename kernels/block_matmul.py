@@ -7,7 +7,8 @@ multiplies by at a time: one block, or R x C of them where a mask is so full tha
 `plan` lists the live tiles of every row of tiles, the longest row first, so that short programs
 come last. `multiply` walks such a list: its loop holds no condition, which would undo the
 pipelining. An input gradient is the same product along the columns of the mask. Tiles are fetched
-by TMA: what lies outside of a tensor reads as 0.
+by TMA: what lies outside of a tensor reads as 0. With EARLY (compute capability 9 and up) the
+product is launched while its list is still being made, and waits for it.
 
 `plan_weight` gathers SLOTS blocks of a row of blocks, which share the upstream gradient they read;
 `multiply_weight` sums over M. A block-score gradient, sum(W * dW), is taken while dW is in
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 CHUNK = 16  # rows of a mask that `plan` counts at a time
 PIECE = 8  # rows of a block that a program of `combine` adds
@@ -54,6 +56,7 @@ def plan(
     CAPACITY: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """List the live tiles of one row of tiles, and find its rank among the rows.
 
@@ -61,6 +64,8 @@ def plan(
     for each, in order; counts[row] is how many they are; order[rank] is the row. CAPACITY is a
     power of two, no less than a row has tiles.
     """
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     column = tl.arange(0, CAPACITY)
     live = _any_live(mask, row, column, rows, columns, row_stride, column_stride, R, C)
@@ -134,6 +139,7 @@ def multiply(
     TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One BLOCK_M x BLOCK_N tile of x @ w^T (or, unless TRANSPOSED, of x @ w).
 
@@ -145,6 +151,8 @@ def multiply(
     height = tl.minimum(tiles_m - first_m, together)
     within = tile % (together * tiles_n)
     m = (first_m + within % height) * BLOCK_M
+    if EARLY:
+        gdc_wait()
     row = tl.load(order + within // height)
     steps = tl.load(counts + row)
     mine = entries + row * CAPACITY
@@ -178,12 +186,15 @@ def plan_weight(
     SLOTS: tl.constexpr,
     CAPACITY: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Number the blocks of one row of blocks: the groups to compute first, then the dead ones.
 
     block_at[group * SLOTS + slot] is row * columns + column, or -1 where a row has no more.
     group_counts are how many groups are to be computed (with ALL: all), and how many there are.
     """
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     column = tl.arange(0, CAPACITY)
     live_before = 0
@@ -348,6 +359,7 @@ def multiply_weight(
     WEIGHT: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Sum SLOTS blocks of grad^T @ x over `span` rows, the second axis of the grid.
 
@@ -359,6 +371,8 @@ def multiply_weight(
     """
     WIDTH: tl.constexpr = BK * SLOTS
     group = tl.program_id(0)
+    if EARLY:
+        gdc_wait()
     if group >= tl.load(group_counts + 1):
         return
     slots = block_at + group * SLOTS

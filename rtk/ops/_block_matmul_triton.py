@@ -97,6 +97,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel there can be launched before the one before it has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _mask(block_mask: Tensor) -> Tensor:
     if block_mask.dtype == torch.bool:
         return block_mask.view(torch.int8)
@@ -168,6 +174,7 @@ def multiply(
     order = torch.empty_like(counts)
     fill = config.r * config.c > 1
     turned = input_gradient and transposed
+    early = _starts_early(x.device)
     ready = weight.dtype == x.dtype and mask.dtype == torch.int8 and not fill and not turned
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernels.plan[(tile_rows,)](
@@ -185,6 +192,7 @@ def multiply(
             CAPACITY=triton.next_power_of_2(tiles),
             CHUNK=kernels.CHUNK,
             PIECES=config.c * inputs // config.step,
+            EARLY=early,
         )
         if ready:
             prepared = _for_tma(weight)
@@ -217,8 +225,10 @@ def multiply(
             tile_rows,
             min(_TOGETHER, tiles_m),
             **constants,
+            EARLY=early,
             num_warps=config.warps,
             num_stages=config.stages,
+            **({"launch_pdl": True} if early else {}),
         )
 
 
@@ -302,7 +312,7 @@ def multiply_weight(
             _descriptor(_for_tma(grad), config.step, bn),
             _descriptor(_for_tma(x), config.step, bk),
         )
-    needs = (out is not None, scores)
+    needs, early = (out is not None, scores), _starts_early(x.device)
     constants = sum_constants(
         config, bn, bk, x.dtype, needs, m_size % config.step == 0, split, _precision(x.dtype, tf32)
     )
@@ -318,6 +328,7 @@ def multiply_weight(
             SLOTS=config.slots,
             CAPACITY=triton.next_power_of_2(columns),
             CHUNK=kernels.CHUNK,
+            EARLY=early,
         )
         kernels.multiply_weight[(groups, count)](
             *given,
@@ -338,8 +349,10 @@ def multiply_weight(
             *weight.stride(),
             *mask.stride(),
             **constants,
+            EARLY=early,
             num_warps=config.warps,
             num_stages=config.stages,
+            **({"launch_pdl": True} if early else {}),
         )
         if out is not None and split:
             kernels.combine[(rows * columns, bn // kernels.PIECE)](

@@ -157,6 +157,7 @@ def test_products_compile_to_tensor_cores_and_tma_without_spills(
         products(dtype, tf32), (True, False) if dtype != "fp32" else (True,)
     ):
         constants = product_constants(config, outputs, inputs, 32, transposed, precision)
+        constants["EARLY"] = True
         block_m, block_n, step = (constants[n] for n in ("BLOCK_M", "BLOCK_N", "STEP"))
         w = (block_n, step) if transposed else (step, block_n)
         types = dict.fromkeys(("entries", "counts", "order"), "*i32")
@@ -193,7 +194,7 @@ def test_sums_compile_to_tensor_cores_without_spills(
     for (bn, bk), density in itertools.product(BLOCKS, (1.0,) if needs[1] else (0.1, 1.0)):
         config = choose_sum(bn, bk, DTYPES[dtype], needs, density, tf32)
         constants = sum_constants(config, bn, bk, DTYPES[dtype], needs, True, False, precision)
-        constants |= {"column_stride": 1, "weight_k": 1}
+        constants |= {"column_stride": 1, "weight_k": 1, "EARLY": True}
         along_m = ("grad_m", "x_m") if tf32 else ("grad_n", "x_k")
         constants |= dict.fromkeys(along_m, 1)
         types = dict.fromkeys(kernels.multiply_weight.arg_names, "i32")
@@ -231,7 +232,7 @@ def test_the_small_kernels_compile(mask, compile_for_hopper):
         assert compile_for_hopper(kernel, types, constants).resources["STACK"] == 0
 
     lists = dict.fromkeys(("entries", "counts", "order", "block_at", "group_counts"), "*i32")
-    shared = {"CAPACITY": 128, "CHUNK": kernels.CHUNK, "column_stride": 1}
+    shared = {"CAPACITY": 128, "CHUNK": kernels.CHUNK, "column_stride": 1, "EARLY": True}
     build(kernels.plan, lists, shared | {"R": 4, "C": 2, "PIECES": 2})
     build(kernels.plan_weight, lists, shared | {"ALL": False, "SLOTS": 4})
     tensors = {"weight": "*fp32", "out": "*bf16", "parts": "*fp32"}
