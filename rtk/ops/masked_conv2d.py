@@ -393,10 +393,36 @@ def _bwd_input(
 ) -> Tensor:
     if any(isinstance(size, int) and size == 0 for size in input_size):
         return grad.new_empty(input_size)  # for no images, torch's fake has other strides
+    conv = conv_and_path[:-2]
     channels_last = torch.channels_last in (memory_format(grad), memory_format(prepared))
+    if channels_last and grad.device.type != "cpu" and conv[-1] == 1:
+        return transposed_convolution(grad, prepared, input_size, *conv[:-1])
     input = _shape_only(grad, input_size, channels_last)
-    needs = [True, False, False]
-    return _convolve_backward(grad, input, prepared, *conv_and_path[:-2], needs=needs)[0]
+    return _convolve_backward(grad, input, prepared, *conv, needs=[True, False, False])[0]
+
+
+def transposed_convolution(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Return the gradient of an input of `input_size`, (N, C, H, W), without groups.
+
+    convolution_backward wants an input; one without memory counts as contiguous, and a `grad` in
+    channels_last would be turned round to be like it, and back for cuDNN.
+    """
+    beyond = [  # what the sizes are more than the least that gives such a result
+        size - ((out - 1) * step - 2 * pad + gap * (taps - 1) + 1)
+        for size, out, step, pad, gap, taps in zip(
+            input_size[2:], grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    return torch.ops.aten.convolution(
+        grad, weight, None, stride, padding, dilation, True, beyond, 1
+    )
 
 
 def _bwd_input_on_path(

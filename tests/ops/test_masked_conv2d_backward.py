@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rtk.errors import RtkError
 from rtk.ops import _conv_paths, live_tiles, masked_conv2d, prepare_weight, turn_filter
 from rtk.ops._conv_paths import CUDNN, NO_LISTS
-from rtk.ops.masked_conv2d import masked_conv2d_prepared
+from rtk.ops.masked_conv2d import masked_conv2d_prepared, transposed_convolution
 
 OP = "masked_conv2d"
 
@@ -302,3 +302,19 @@ def test_a_weight_gradient_skips_on_a_gpu(made_before, skipped):
     # Nothing was rounded to bf16, as cuDNN's dense gradient is.
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     assert not found[~mask].any()
+
+
+@pytest.mark.parametrize("size", [(9, 9), (8, 11)], ids=str)
+@pytest.mark.parametrize("filter", [(1, 1), (3, 3), (3, 1), (2, 4)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)], ids=str)
+def test_an_input_gradient_is_a_transposed_convolution(size, filter, stride, dilation):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4, *filter, dtype=torch.float64)
+    for padding in ([0, 0], [1, 1], [3, 0]):
+        out = F.conv2d(x, weight, None, stride, padding, dilation)
+        grad = torch.randn_like(out)
+        [expected] = torch.autograd.grad(out, x, grad)
+        actual = transposed_convolution(grad, weight, x.shape, stride, padding, dilation)
+        torch.testing.assert_close(actual, expected)
