@@ -13,16 +13,47 @@ from typing import Any
 
 import pytest
 
+# What code under the interpreter begins with: FILE's module is `test`.
+PREAMBLE = """
+import importlib.util, sys
+import torch
+from triton.runtime import interpreter
+
+patch = interpreter._patch_lang_tensor
+
+def patch_index(tensor, scope):
+    # Triton 3.6 calls int() on a loop's bound, an array of one number: numpy 2.4 refuses that.
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+interpreter._patch_lang_tensor = patch_index
+
+spec = importlib.util.spec_from_file_location("interpreted_test", FILE)
+test = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(test)
+
+torch.manual_seed(0)
+torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
+torch.use_deterministic_algorithms(True)
+"""
+
 
 @pytest.fixture
-def interpret() -> Callable[[str], None]:
-    """Run Python code with TRITON_INTERPRET set, which counts only before Triton is imported."""
+def interpret() -> Callable[..., str]:
+    """interpret(code, file=None): run it with TRITON_INTERPRET set, return what it prints.
 
-    def run(code: str) -> None:
+    The variable counts only before Triton is imported. With `file`, the test's own, PREAMBLE runs
+    first.
+    """
+
+    def run(code: str, file: str | None = None) -> str:
+        if file is not None:
+            code = PREAMBLE.replace("FILE", repr(file)) + code
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        return done.stdout
 
     return run
 

@@ -63,27 +63,9 @@ def assert_as_in_float64(
 
 
 INTERPRETED = """
-import importlib.util, itertools, sys
-import torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patch_index(tensor, scope):
-    # Triton 3.6 calls int() on a loop's bound, an array of one number: numpy 2.4 refuses that.
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-interpreter._patch_lang_tensor = patch_index
-
-spec = importlib.util.spec_from_file_location("test_block_matmul_triton", FILE)
-test = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(test)
+import itertools
 from rtk.ops import _block_matmul_triton as triton
 
-torch.manual_seed(0)
-torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
-torch.use_deterministic_algorithms(True)
 SIZES = [
     (33, 128, 192, 64, 64), (65, 96, 64, 32, 32), (5, 256, 128, 128, 128), (70, 128, 96, 64, 32),
 ]
@@ -108,7 +90,7 @@ for total, floating in itertools.product([cut[1] for cut in CUTS], (False, True)
 
 def test_as_interpreted(interpret):
     pytest.importorskip("triton")
-    interpret(INTERPRETED.replace("FILE", repr(__file__)))
+    interpret(INTERPRETED, __file__)
 
 
 def products(dtype: str, tf32: bool) -> list[tuple[int, int, object]]:

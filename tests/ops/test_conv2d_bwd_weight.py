@@ -235,27 +235,8 @@ def test_a_graph_follows_the_live_blocks():
 
 
 INTERPRETED = """
-import importlib.util, sys
-import torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patch_index(tensor, scope):
-    # Triton 3.6 calls int() on a loop's bound, an array of one number: numpy 2.4 refuses that.
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-interpreter._patch_lang_tensor = patch_index
-
-spec = importlib.util.spec_from_file_location("test_conv2d_bwd_weight", FILE)
-test = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(test)
 from rtk.kernels import conv2d_bwd_weight as kernels
 
-torch.manual_seed(0)
-torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
-torch.use_deterministic_algorithms(True)
 few = ["1x1-stride-2", "one-pixel", "5x2"]  # the interpreter takes its time
 most = [*few, "3x3-uneven", "3x3-stride-2", "1x1", "dead"]
 for slots, step, programs, names in [(2, 32, 4, most), (1, 32, 1, few), (4, 16, 2, few)]:
@@ -267,7 +248,7 @@ for slots, step, programs, names in [(2, 32, 4, most), (1, 32, 1, few), (4, 16, 
 
 def test_triton_as_interpreted_is_the_formula(interpret):
     pytest.importorskip("triton")
-    interpret(INTERPRETED.replace("FILE", repr(__file__)))
+    interpret(INTERPRETED, __file__)
 
 
 COMPILED = {

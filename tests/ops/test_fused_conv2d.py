@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -438,30 +436,11 @@ def test_bwd_input_refuses(turned, padding, words):
 
 
 INTERPRETED = """
-import importlib.util, sys
-import torch
-from triton.runtime import interpreter
-
-patch = interpreter._patch_lang_tensor
-
-def patch_index(tensor, scope):
-    # Triton 3.6 calls int() on a loop's bound, an array of one number: numpy 2.4 refuses that.
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-interpreter._patch_lang_tensor = patch_index
-
-spec = importlib.util.spec_from_file_location("test_fused_conv2d", sys.argv[1])
-test = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(test)
 from rtk.kernels.fused_conv2d import Config
 from rtk.ops import pack_positive
 from rtk.ops.fused_conv2d import _triton
 
-torch.manual_seed(0)
-torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN
-torch.use_deterministic_algorithms(True)
-config = eval(sys.argv[2], {"Config": Config})
+config = CONFIG
 for name, case in test.CASES.items():
     tensors = case.tensors(torch.float32, "cpu")
     out, _ = _triton(*tensors, config=config, **case.options)
@@ -480,14 +459,9 @@ for name, case in test.CASES.items():
 
 
 @pytest.mark.parametrize("config", ["None", "Config(16, 128, 16, warps=4, stages=2, group=2)"])
-def test_triton_as_interpreted_is_the_formula(config):
-    run = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, __file__, config],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert run.stdout.split() == list(CASES), run.stderr
+def test_triton_as_interpreted_is_the_formula(config, interpret):
+    printed = interpret(INTERPRETED.replace("CONFIG", config), __file__)
+    assert printed.split() == list(CASES)
 
 
 # For sm_90, with the tiles that are chosen for them: ResNet-50, batch 128, forward and backward.
