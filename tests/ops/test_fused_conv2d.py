@@ -441,7 +441,9 @@ from rtk.ops import pack_positive
 from rtk.ops.fused_conv2d import _triton
 
 config = CONFIG
-for name, case in test.CASES.items():
+names = [*test.CASES][:: 1 if config is None else 4]  # the interpreter takes its time
+for name in names:
+    case = test.CASES[name]
     tensors = case.tensors(torch.float32, "cpu")
     out, _ = _triton(*tensors, config=config, **case.options)
     wanted = test.formula(case, *tensors)
@@ -461,7 +463,7 @@ for name, case in test.CASES.items():
 @pytest.mark.parametrize("config", ["None", "Config(16, 128, 16, warps=4, stages=2, group=2)"])
 def test_triton_as_interpreted_is_the_formula(config, interpret):
     printed = interpret(INTERPRETED.replace("CONFIG", config), __file__)
-    assert printed.split() == list(CASES)
+    assert printed.split() == list(CASES)[:: 1 if config == "None" else 4]
 
 
 # For sm_90, with the tiles that are chosen for them: ResNet-50, batch 128, forward and backward.
