@@ -164,16 +164,22 @@ def ready(
     return model.to(_dtype(device))
 
 
-def compacted(shape: Shape, mask: Tensor, device: str) -> Branches:
+def compacted(shape: Shape, mask: Tensor, device: str, inner: bool = False) -> Branches:
     """Return the layers that `rtk.nn.compact` leaves of a channel mask, with ready weights.
 
-    Only their own pruned outputs are gone. In a network mostly those of the layer before are, too.
+    Only their own pruned outputs are gone; with `inner` as many of their inputs are pruned as well,
+    as between two layers of a network.
     """
     layer = rtk.nn.MaskedConv2d.from_conv(shape.layer(device), mask)
-    whole = nn.Sequential(layer, nn.Conv2d(shape.k, 8, 1, device=device)).eval()
-    small = rtk.nn.compact(whole, multiple_of=8)[0]
-    narrow = Shape(shape.n, shape.c, small.out_channels, shape.size, shape.taps, shape.stride)
-    return ready(narrow, device)
+    before = nn.Conv2d(8, shape.c, 1, bias=False, device=device)
+    if inner:
+        kept = max(1, round(mask.float().mean().item() * shape.c))
+        pruned = torch.arange(shape.c, device=device)[:, None, None, None] < kept
+        before = rtk.nn.MaskedConv2d.from_conv(before, pruned)
+    whole = nn.Sequential(before, layer, nn.Conv2d(shape.k, 8, 1, device=device)).eval()
+    small = rtk.nn.compact(whole, multiple_of=8)[1]
+    sizes = small.in_channels, small.out_channels
+    return ready(Shape(shape.n, *sizes, shape.size, shape.taps, shape.stride), device)
 
 
 def times(model: Branches, shape: Shape, device: str) -> list[float]:

@@ -5,6 +5,7 @@ A row is what `times` of masked_conv2d_layers.py measures, of
     ready    cuDNN on weights that were masked and cast before (its weight gradient is not masked)
     masked   `F.conv2d(x, w * m)` of an fp32 weight, under autocast
     compact  channel masks only: what `rtk.nn.compact` leaves of the layer
+    inner    the same where as many of its inputs are pruned (not of the stems)
 each [forward, input gradient, weight gradient] in milliseconds a layer. Times of the peers do not
 depend on which weights are zero: ready is measured once a shape, masked once a mask's shape.
 
@@ -47,6 +48,7 @@ WHAT = (
 )
 GRANULARITIES = ("element", "row", "kernel", "channel", "block-64", "2:4")
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 1.0)
+KEPT = ("of", "taken", "rtk", "compact", "inner")  # of a row, by those that are like it
 _CUDNN = ["cudnn"] * 3
 _EACH = ("channel", "block-64")  # each density has a compact layer, or blocks of its own
 
@@ -125,7 +127,7 @@ class _Cases:
         known = known or self._alike(granularity, density, kept)
         if known is None:
             return row | {"of": density} | self._measured(granularity, density)
-        return row | {key: known[key] for key in ("of", "taken", "rtk", "compact") if key in known}
+        return row | {key: known[key] for key in KEPT if key in known}
 
     def _alike(self, granularity: str, density: float, kept: float) -> dict[str, Any] | None:
         """Return a row of the same masks under another name."""
@@ -147,12 +149,17 @@ class _Cases:
         assert_right(model, self.shape, mask, self.device)
         row = {"taken": taken, "rtk": times(model, self.shape, self.device)}
         if granularity == "channel":
-            row["compact"] = self._compact(mask)
+            row["compact"] = self._compact("compact", mask)
+            if self.shape.c > 3:
+                row["inner"] = self._compact("inner", mask)
         return row
 
-    def _compact(self, mask: torch.Tensor) -> list[float]:
+    def _compact(self, name: str, mask: torch.Tensor) -> list[float]:
         outputs = min(self.shape.k, -(-int(mask.sum()) // 8) * 8)
-        return self._peer(f"compact/{outputs}", lambda: compacted(self.shape, mask, self.device))
+        return self._peer(
+            f"{name}/{outputs}",
+            lambda: compacted(self.shape, mask, self.device, inner=name == "inner"),
+        )
 
     def _ready(self) -> list[float]:
         return self._peer("ready", lambda: ready(self.shape, self.device))

@@ -34,6 +34,7 @@ PANELS = (
     ("block-64", "block-64", "rtk"),
     ("channel, masked", "channel", "rtk"),
     ("channel, compact", "channel", "compact"),
+    ("channel, compact, inputs too", "channel", "inner"),
 )
 PEERS = {"ready": "-", "masked": "--"}
 # Okabe and Ito's palette; markers differ too, for print in grey.
@@ -72,7 +73,7 @@ def speed_ups(
 def draw(table: dict[str, Any], way: str) -> Figure:
     """Return the figure of one direction: forward, input or weight."""
     rows = rows_of(table)
-    figure = Figure(figsize=(13, 6.6), dpi=130, layout="constrained")
+    figure = Figure(figsize=(13, 7.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 4, sharey=True)
     lines = classes(rows)
@@ -93,10 +94,9 @@ def draw(table: dict[str, Any], way: str) -> Figure:
         _finish(axes, title)
     for row in grid:
         row[0].set_ylabel("times as fast as the peer", color=_INK)
-    for axes in grid[1][:3]:
+    for axes in grid[1]:
         axes.set_xlabel("weights kept (%), log scale", color=_INK)
-    grid[0][3].set_xlabel("weights kept (%)", color=_INK)
-    _legend(grid[1][3], lines)
+    _legend(figure, lines)
     figure.suptitle(
         f"Masked convolutions, {WAYS[way]}: rtk against its peers, {table['gpu'] or 'CPU'}, "
         f"torch {table['torch'].split('+')[0]}, bf16",
@@ -128,8 +128,7 @@ def _finish(axes: Axes, title: str) -> None:
         spine.set_color(_GREY)
 
 
-def _legend(axes: Axes, lines: Sequence[tuple[str, str]]) -> None:
-    axes.set_axis_off()
+def _legend(figure: Figure, lines: Sequence[tuple[str, str]]) -> None:
     handles = [
         Line2D([], [], color=colour, marker=marker, label=f"{network}, {taps}")
         for (network, taps), (colour, marker) in zip(lines, _LOOKS, strict=False)
@@ -138,9 +137,17 @@ def _legend(axes: Axes, lines: Sequence[tuple[str, str]]) -> None:
         Line2D([], [], color=_INK, linestyle="-", label="against cuDNN on ready weights"),
         Line2D([], [], color=_INK, linestyle="--", label="against F.conv2d(x, w * m)"),
     ]
-    axes.legend(handles=handles, loc="upper left", frameon=False, labelcolor=_INK, fontsize=10)
-    note = "Geometric means over a network's shapes.\nAbove 1 rtk is faster."
-    axes.text(0.03, 0.22, note, transform=axes.transAxes, fontsize=9, color=_GREY, va="top")
+    figure.legend(
+        handles=handles,
+        title="Geometric means over a network's shapes; above 1 rtk is faster.",
+        loc="outside lower left",
+        ncols=3,
+        frameon=False,
+        labelcolor=_INK,
+        fontsize=9,
+        title_fontsize=9,
+        alignment="left",
+    )
 
 
 def main() -> None:
