@@ -18,13 +18,18 @@ LAYOUT = (
     "expected train_images, train_labels, test_images, test_labels "
     "(and, if you have them, val_images, val_labels, class_names)"
 )
-_WANTED = [f"{part}_{kind}" for part in ("train", "test", "val") for kind in ("images", "labels")]
 # What zipfile, zlib and numpy raise on a damaged archive or array header.
 _DAMAGE = (EOFError, ValueError, KeyError, SyntaxError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of the layout that the file holds; pickled objects are refused."""
+def read_arrays(path: Path, target: str = "labels") -> dict[str, np.ndarray]:
+    """Return the arrays of the layout that the file holds; pickled objects are refused.
+
+    Args:
+        path: of the file.
+        target: what each image has, in arrays of that name: labels, or masks for segmentation.
+    """
+    wanted = [f"{part}_{kind}" for part in ("train", "test", "val") for kind in ("images", target)]
     try:
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
@@ -33,18 +38,19 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 )
         with np.load(path, allow_pickle=False) as archive:
             found = list(archive.files)
-            missing = [name for name in _WANTED[:4] if name not in found]
+            missing = [name for name in wanted[:4] if name not in found]
             missing += [
                 f"val_{kind}"
-                for kind, other in (("images", "labels"), ("labels", "images"))
+                for kind, other in (("images", target), (target, "images"))
                 if f"val_{other}" in found and f"val_{kind}" not in found
             ]
             if missing:
                 raise RtkError(
-                    f"{path} has no array {', '.join(missing)}; {LAYOUT}, "
+                    f"{path} has no array {', '.join(missing)}; "
+                    f"{LAYOUT.replace('labels', target)}, "
                     f"found {', '.join(found) or 'nothing'}"
                 )
-            return {n: archive[n] for n in [*_WANTED, "class_names"] if n in found}
+            return {n: archive[n] for n in [*wanted, "class_names"] if n in found}
     except RtkError:
         raise
     except OSError as error:
@@ -60,7 +66,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _images(path: Path, name: str, array: np.ndarray) -> torch.Tensor:
+def to_images(path: Path, name: str, array: np.ndarray) -> torch.Tensor:
     """(N, H, W), (N, H, W, 1) or (N, H, W, 3) -> (N, 3, H, W) uint8."""
     if array.dtype != np.uint8:
         hint = (
@@ -112,14 +118,14 @@ def npz(path: str, config: DataConfig) -> Dataset:
             f"no file for npz:{path}; tried {' and '.join(map(str, tried))}; "
             "give the path of an .npz file, absolute or below the data root"
         )
-    arrays = _read(found)
+    arrays = read_arrays(found)
     if arrays["train_images"].ndim == 3 or arrays["train_images"].shape[-1] == 1:
         warnings.warn(f"{found}: grey images are repeated to 3 channels", stacklevel=2)
     splits: dict[str, Split] = {}
     for part in ("train", "test", "val"):
         if f"{part}_images" not in arrays:
             continue
-        images = _images(found, f"{part}_images", arrays.pop(f"{part}_images"))
+        images = to_images(found, f"{part}_images", arrays.pop(f"{part}_images"))
         labels = _labels(found, f"{part}_labels", arrays.pop(f"{part}_labels"))
         if len(images) != len(labels):
             raise RtkError(

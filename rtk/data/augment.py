@@ -14,12 +14,20 @@ from torch.nn.functional import grid_sample, pad
 
 from rtk.registry import Registry
 
-# (N, C, H, W) uint8 and a CPU generator -> the same shape, uint8 or float32 in [0, 1].
-Augmentation = Callable[[Tensor, Generator], Tensor]
+# (N, C, H, W) uint8 and a CPU generator -> the same shape, uint8 or float32 in [0, 1]. With a third
+# argument, a `Part`, the images are a part of a batch and get what they would get in the whole.
+Augmentation = Callable[..., Tensor]
+Part = tuple[int, int]  # index of the first image in the batch, number of images of the batch
 AUGMENTATIONS: Registry[Augmentation] = Registry("augmentation")
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
+
+
+def _drawn_for(images: Tensor, part: Part | None) -> tuple[int, slice]:
+    """Return for how many images to draw, and which of the draws are those of `images`."""
+    first, count = (0, len(images)) if part is None else part
+    return count, slice(first, first + len(images))
 
 
 def draw_flips(count: int, generator: Generator) -> Tensor:
@@ -111,45 +119,48 @@ def resize_boxes(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     return grid_sample(source, grid, mode="bilinear", align_corners=False).clamp_(0, 1)
 
 
-def _shifted(images: Tensor, generator: Generator, *, flip: bool) -> Tensor:
-    n, _, h, w = images.shape
+def _shifted(images: Tensor, generator: Generator, part: Part | None, *, flip: bool) -> Tensor:
+    h, w = images.shape[2:]
+    n, own = _drawn_for(images, part)
     border = max(1, max(h, w) // 8)
     top, left = torch.randint(0, 2 * border + 1, (2, n), generator=generator)
     flips = draw_flips(n, generator) if flip else torch.zeros(n, dtype=torch.bool)
-    return crop_and_flip(images, top, left, flips, border)
+    return crop_and_flip(images, top[own], left[own], flips[own], border)
 
 
 @AUGMENTATIONS.register("none")
-def none(images: Tensor, generator: Generator) -> Tensor:
+def none(images: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
     """Return the images as they are."""
     return images
 
 
 @AUGMENTATIONS.register("flip")
-def flip(images: Tensor, generator: Generator) -> Tensor:
+def flip(images: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
     """Mirror each image left to right with probability one half."""
     zeros = torch.zeros(len(images), dtype=torch.int64)
-    return crop_and_flip(images, zeros, zeros, draw_flips(len(images), generator), 0)
+    n, own = _drawn_for(images, part)
+    return crop_and_flip(images, zeros, zeros, draw_flips(n, generator)[own], 0)
 
 
 @AUGMENTATIONS.register("crop")
-def crop(images: Tensor, generator: Generator) -> Tensor:
+def crop(images: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
     """Pad by an eighth of the side (at least 1 pixel) with zeros, crop at random, flip half."""
-    return _shifted(images, generator, flip=True)
+    return _shifted(images, generator, part, flip=True)
 
 
 @AUGMENTATIONS.register("shift")
-def shift(images: Tensor, generator: Generator) -> Tensor:
+def shift(images: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
     """`crop` without the flip, for images whose mirror image means something else."""
-    return _shifted(images, generator, flip=False)
+    return _shifted(images, generator, part, flip=False)
 
 
 @AUGMENTATIONS.register("resized_crop")
-def resized_crop(images: Tensor, generator: Generator) -> Tensor:
+def resized_crop(images: Tensor, generator: Generator, part: Part | None = None) -> Tensor:
     """RandomResizedCrop (scale 0.08..1, ratio 3/4..4/3) to the same size and flip half.
 
     Returns float32 in [0, 1]. Source: Szegedy et al. 2015, as torchvision samples it.
     """
-    n, _, h, w = images.shape
+    h, w = images.shape[2:]
+    n, own = _drawn_for(images, part)
     boxes = draw_boxes(n, h, w, generator)
-    return resize_boxes(images, boxes, draw_flips(n, generator))
+    return resize_boxes(images, boxes[own], draw_flips(n, generator)[own])

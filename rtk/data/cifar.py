@@ -18,7 +18,8 @@ def _load(name: str, reader: Any, config: DataConfig) -> Dataset:
     archive = reader.url.rsplit("/", 1)[-1]
     if found is None:
         raise RtkError(
-            f"{name} is not there; tried {' and '.join(map(str, tried))}. Download it with\n"
+            f"{name} is not there; tried {' and '.join(map(str, tried))}. Download it with "
+            f"`rtk data get {name}` or --download, or by hand with\n"
             f"  mkdir -p {root} && curl -L {reader.url} | tar -xz -C {root}\n"
             "or name the folder that holds it with --data.root or RTK_DATA"
         )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from rtk.config import DataConfig
 from rtk.errors import RtkError, check_choice
 from rtk.registry import Registry
 
+METRICS = ("top1", "mean_per_class")
 MAX_BYTES = 16 * 2**30  # images are held in memory; beyond this a machine is likely to swap
 
 
@@ -32,6 +33,7 @@ class Split:
 
     images: Tensor
     labels: Tensor
+    streamed: ClassVar[bool] = False  # whether images are read when they are needed
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -49,6 +51,25 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def select(self, index: Tensor) -> Split:
+        """Return the samples `index`, (N,) bool, or (M,) int64 in that order."""
+        return Split(self.images[index], self.labels[index])
+
+    def relabel(self, labels: Tensor) -> Split:
+        """Return the same images with other labels, (N,) int64."""
+        return Split(self.images, labels)
+
+    def sample(self, count: int) -> Tensor:
+        """Return `count` evenly spaced images, (M, 3, H, W) uint8; all where there are fewer."""
+        if len(self) <= count:
+            return self.images
+        return self.images[[i * len(self) // count for i in range(count)]]
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -61,6 +82,7 @@ class Dataset:
         test: the test images, of the same size.
         val: validation images of the same size, or None.
         augment: what the augmentation "auto" means for this set.
+        metric: what is customarily reported of it: top1, or mean_per_class accuracy.
 
     Raises:
         RtkError: where image sizes differ, a label is not a class, or a class is never trained.
@@ -72,17 +94,19 @@ class Dataset:
     test: Split
     val: Split | None
     augment: str
+    metric: str = "top1"
 
     def __post_init__(self) -> None:
         check_choice(
             "augmentation", self.augment, ("none", "flip", "crop", "shift", "resized_crop")
         )
-        size = self.train.images.shape[2:]
+        check_choice("metric", self.metric, METRICS)
+        size = self.train.size
         for part, split in self.splits().items():
-            if split.images.shape[2:] != size:
+            if split.size != size:
                 raise RtkError(
-                    f"{self.name}: train images are {tuple(size)} and {part} images "
-                    f"{tuple(split.images.shape[2:])} pixels; resize them to one size"
+                    f"{self.name}: train images are {size} and {part} images "
+                    f"{split.size} pixels; resize them to one size"
                 )
             low, high = int(split.labels.min()), int(split.labels.max())
             if low < 0:
@@ -117,7 +141,7 @@ class Dataset:
     @property
     def image_size(self) -> int:
         """Height of the images, in pixels (what a stem is chosen by)."""
-        return self.train.images.shape[2]
+        return self.train.size[0]
 
 
 # A loader gets what stands after the colon of the name ("" without one) and the whole setting.
@@ -143,7 +167,7 @@ def check_memory(name: str, images: int, height: int, width: int) -> None:
         raise RtkError(
             f"{name}: {images} images of {height}x{width} pixels need about "
             f"{size / 2**30:.1f} GiB of memory, more than {MAX_BYTES / 2**30:g} GiB; "
-            "set a smaller data.image_size"
+            "set a smaller data.image_size, or data.storage stream for image files"
         )
 
 
@@ -171,12 +195,14 @@ def channel_stats(
 
     Computed from integer histograms, so the result does not depend on threads or device. A
     channel of one constant value gets 1/255 as its deviation, so that dividing by it is safe.
+    Of images that stay in their files, 4,096 evenly spaced ones are read.
     """
+    images = split.sample(4096) if split.streamed else split.images
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in range(3):
         counts = torch.zeros(256, dtype=torch.int64)
-        for chunk in split.images[:, channel].split(4096):
+        for chunk in images[:, channel].split(4096):
             counts += torch.bincount(chunk.reshape(-1), minlength=256).cpu()
         share = counts.double() / counts.sum()
         centre = (share * levels).sum()

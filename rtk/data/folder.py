@@ -1,122 +1,60 @@
-"""folder:PATH: an ImageFolder tree, decoded once and kept in memory as uint8."""
+"""folder:PATH: an ImageFolder tree, decoded once and kept in memory, or read as it is needed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import numpy as np
-import torch
 
 from rtk.config import DataConfig
-from rtk.data.dataset import (
-    DATA_SETS,
-    Dataset,
-    Split,
-    candidate_paths,
-    check_memory,
-    every_fifth,
-)
+from rtk.data.dataset import DATA_SETS, Dataset, candidate_paths, check_memory, every_fifth
+from rtk.data.files import Parts, from_files, without_bad
+from rtk.data.images import class_folders, common_size, list_images, shorter_side
 from rtk.errors import RtkError
 
-if TYPE_CHECKING:
-    from PIL import Image
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-T = TypeVar("T")
+def read_tree(root: Path) -> tuple[list[str], Parts]:
+    """Return the classes of an ImageFolder tree and the files of its parts with their labels.
 
-
-def _class_folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _list_images(path: Path, classes: list[str]) -> tuple[list[Path], torch.Tensor]:
-    """Return the image files below each class folder, sorted by path, and their labels."""
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        inside = [
-            Path(folder) / file
-            for folder, _, names in os.walk(path / name, followlinks=True)
-            for file in names
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-        if not inside:
-            raise RtkError(
-                f"class folder {path / name} holds no image ({' '.join(EXTENSIONS)}); "
-                "add some or remove the folder"
-            )
-        files += sorted(inside)
-        labels += [label] * len(inside)
-    return files, torch.tensor(labels)
-
-
-def _open(file: Path, use: Callable[[Image.Image], T]) -> T:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode}: more than 8 bits a channel")
-            return use(image)
-    except Exception as error:  # PIL's many decoders raise nearly anything on a damaged file
+    The parts are train and test, and val where there are both val and test; `folder` tells the
+    rules. Raises RtkError where it is no such tree, or class folders are empty or disagree.
+    """
+    parts = {part: root / part for part in ("train", "test", "val") if (root / part).is_dir()}
+    if parts and "train" not in parts:
         raise RtkError(
-            f"{file} cannot be decoded ({error}); replace it by an 8-bit image or remove it"
-        ) from error
+            f"{root} holds {' and '.join(parts)} but no train folder; add train/<class>/"
+        )
+    if "val" in parts and "test" not in parts:
+        parts["test"] = parts.pop("val")
+    classes, found = read_parts(parts or {"all": root})
+    if "test" in found:
+        return classes, found
+    ((files, labels),) = found.values()
+    test = every_fifth(labels)
+    if not test.any():
+        raise RtkError(f"{root}: no class has 5 images to take a test image from; add test/")
+    return classes, {
+        part: ([files[i] for i in chosen.nonzero()[:, 0].tolist()], labels[chosen])
+        for part, chosen in (("train", ~test), ("test", test))
+    }
 
 
-def _to_square(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and crop the centre, as torchvision's transforms do."""
-    from PIL.Image import Resampling
+def read_parts(places: dict[str, Path]) -> tuple[list[str], Parts]:
+    """Return the classes, sorted, and the files below each place's class folders, with labels.
 
-    short = min(image.size)
-    width, height = (size if side == short else int(size * side / short) for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _map(function: Callable[[Path], T], files: list[Path]) -> list[T]:
-    """Map with a thread pool (PIL frees the GIL while it decodes); the first error stops it."""
-    results: list[T] = []
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
-    try:
-        for start in range(0, len(files), 4096):  # a pending call costs a kilobyte
-            results += pool.map(function, files[start : start + 4096])
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results
-
-
-def _common_size(files: list[Path]) -> tuple[int, int]:
-    """Return the (width, height) that all images have, from their headers."""
-    sizes = _map(lambda file: _open(file, lambda image: image.size), files)
-    for file, size in zip(files, sizes, strict=True):
-        if size != sizes[0]:
+    Raises RtkError where a place has no class folder, one is empty, or the places disagree.
+    """
+    base = next(iter(places.values()))
+    classes = class_folders(base)
+    for place in places.values():
+        names = class_folders(place)
+        if not names:
+            raise RtkError(f"{place} holds no class folder; expected {place}/<class>/<image>")
+        if names != classes:
+            differ = ", ".join(sorted(set(names) ^ set(classes))[:8])
             raise RtkError(
-                f"image sizes differ: {files[0]} is {sizes[0]} and {file} is {size} "
-                "(width, height); set data.image_size"
+                f"class folders of {base} and {place} do not agree ({differ} is in one only); "
+                "give both the same classes"
             )
-    return sizes[0]
-
-
-def _decode(files: list[Path], width: int, height: int, *, resize: bool) -> torch.Tensor:
-    """Return the images as (N, 3, height, width) uint8."""
-    images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-    row = dict(zip(files, images.numpy(), strict=True))
-
-    def fill(file: Path) -> None:
-        def use(image: Image.Image) -> None:
-            rgb = image.convert("RGB")
-            row[file][:] = np.asarray(_to_square(rgb, width) if resize else rgb).transpose(2, 0, 1)
-
-        _open(file, use)
-
-    _map(fill, files)
-    return images
+    return classes, {part: list_images(place, classes) for part, place in places.items()}
 
 
 @DATA_SETS.register("folder")
@@ -127,6 +65,10 @@ def folder(path: str, config: DataConfig) -> Dataset:
     train alone, the 5th, 10th, ... image of each class (sorted by path) tests. With
     data.image_size the shorter side is resized to it and the centre is cropped; without, all
     images must have one size. A relative path is tried as given and under the data root.
+
+    With data.storage stream the images stay in their files: data.image_size is needed, the margin
+    of large images is cut as for the named sets, and resized_crop takes parts of whole images.
+
     Raises RtkError where there is no tree, an image cannot be decoded, class folders disagree or
     the images need more than 16 GiB.
     """
@@ -137,51 +79,18 @@ def folder(path: str, config: DataConfig) -> Dataset:
             f"no folder for folder:{path}; tried {' and '.join(map(str, tried))}; "
             "give a folder that holds train/<class>/ and test/<class>/, or <class>/"
         )
-    parts = {part: root / part for part in ("train", "test", "val") if (root / part).is_dir()}
-    if parts and "train" not in parts:
-        raise RtkError(
-            f"{root} holds {' and '.join(parts)} but no train folder; add train/<class>/"
-        )
-    if "val" in parts and "test" not in parts:
-        parts["test"] = parts.pop("val")
-    base = parts.get("train", root)
-    classes = _class_folders(base)
-    if not classes:
-        raise RtkError(f"{base} holds no class folder; expected {base}/<class>/<image>")
-    listed = {
-        part: (place, _class_folders(place)) for part, place in (parts or {"all": root}).items()
-    }
-    for place, names in listed.values():
-        if names != classes:
-            differ = ", ".join(sorted(set(names) ^ set(classes))[:8])
-            raise RtkError(
-                f"class folders of {base} and {place} do not agree ({differ} is in one only); "
-                "give both the same classes"
-            )
-    found = {part: _list_images(place, classes) for part, (place, _) in listed.items()}
-    everything = [file for files, _ in found.values() for file in files]
-    size = config.image_size
-    width, height = (size, size) if size else _common_size(everything)
-    check_memory(f"folder:{root}", len(everything), height, width)
-    splits = {
-        part: Split(_decode(files, width, height, resize=size is not None), labels)
-        for part, (files, labels) in found.items()
-    }
-    if "test" not in splits:
-        (whole,) = splits.values()
-        test = every_fifth(whole.labels)
-        if not test.any():
-            raise RtkError(f"{root}: no class has 5 images to take a test image from; add test/")
-        splits = {
-            "train": Split(whole.images[~test], whole.labels[~test]),
-            "test": Split(whole.images[test], whole.labels[test]),
-        }
-    augment = "resized_crop" if max(splits["train"].images.shape[2:]) > 64 else "crop"
-    return Dataset(
-        f"folder:{root}",
-        tuple(classes),
-        splits["train"],
-        splits["test"],
-        splits.get("val"),
-        augment,
+    classes, parts = read_tree(root)
+    name, size = f"folder:{root}", config.image_size
+    if config.skip_bad:
+        parts = without_bad(name, parts)
+    if config.storage == "stream":
+        if size is None:
+            raise RtkError(f"{name}: data.storage stream needs data.image_size, e.g. 224")
+        side, shorter = (size, size), shorter_side(size)
+        return from_files(name, classes, parts, config, side=side, shorter=shorter, stream=True)
+    everything = [file for files, _ in parts.values() for file in files]
+    width, height = (size, size) if size else common_size(everything)
+    check_memory(name, len(everything), height, width)
+    return from_files(
+        name, classes, parts, config, side=(height, width), shorter=size, stream=False
     )

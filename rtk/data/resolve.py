@@ -7,8 +7,11 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import interpolate
 
+from rtk import distributed
 from rtk.config import DataConfig
+from rtk.data.catalogue import CATALOGUE
 from rtk.data.dataset import DATA_SETS, Dataset, Split, candidate_paths, check_memory
+from rtk.data.download import get
 from rtk.data.subset import parse_classes, split_name, take_classes
 from rtk.errors import RtkError, check_choice
 
@@ -19,11 +22,13 @@ def load(config: DataConfig) -> Dataset:
     """Return the data set that `config` names, its classes chosen and its images resized.
 
     Args:
-        config: `name` is digits, cifar10, cifar100, npz:PATH or folder:PATH, with a class subset
-            in brackets if wanted; a path that ends in brackets and exists is a path.
+        config: `name` is one of DATA_SETS, npz:PATH or folder:PATH, with a class subset in brackets
+            if wanted; a path that ends in brackets and exists is a path. With `download`, a named
+            set that is missing is fetched first.
 
     Returns:
-        uint8 images, (image_size, image_size) pixels where that is set.
+        uint8 images, (image_size, image_size) pixels where that is set; in memory, or read from
+        their files as they are needed (`FileSplit`).
 
     Raises:
         RtkError: where the name is unknown, the data are missing or damaged, or the subset is bad.
@@ -46,6 +51,11 @@ def load(config: DataConfig) -> Dataset:
                 "cifar10[0,2,5-7]"
             )
         kind, colon, path = base.partition(":")
+        if kind in CATALOGUE and CATALOGUE[kind].segmentation:
+            raise RtkError(
+                f"{kind} has a mask for each image, no label: it is for segmentation "
+                "(`rtk transfer --mode segment`)"
+            )
         try:
             check_choice("data set", kind, [n for n in DATA_SETS.names() if n not in _TAKE_A_PATH])
         except RtkError as error:
@@ -56,6 +66,8 @@ def load(config: DataConfig) -> Dataset:
             raise RtkError(f"{name!r}: {kind} takes no path; npz:PATH and folder:PATH do")
     if subset is not None:
         picks = parse_classes(subset, name)
+    if config.download and kind in CATALOGUE:
+        distributed.from_main(get, kind, config)
     dataset = DATA_SETS.get(kind)(path, config)
     if picks is not None:
         dataset = take_classes(dataset, picks)
@@ -66,7 +78,7 @@ def load(config: DataConfig) -> Dataset:
 
 def _resize(dataset: Dataset, size: int) -> Dataset:
     """Resize to (size, size) by antialiased bilinear interpolation, rounded back to uint8."""
-    if tuple(dataset.train.images.shape[2:]) == (size, size):
+    if dataset.train.size == (size, size):
         return dataset
     check_memory(dataset.name, sum(map(len, dataset.splits().values())), size, size)
 

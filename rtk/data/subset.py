@@ -60,6 +60,6 @@ def take_classes(dataset: Dataset, picks: list[int]) -> Dataset:
         chosen = labels >= 0
         if not chosen.any():
             raise RtkError(f"{dataset.name}: no {part} image is of the chosen classes")
-        return Split(split.images[chosen], labels[chosen])
+        return split.relabel(labels).select(chosen)
 
     return dataset.map_splits(take, classes=tuple(dataset.classes[pick] for pick in picks))

@@ -13,9 +13,10 @@ def split(labels, size=4, images=None):
     return Split(images, labels)
 
 
-def dataset(train=(0, 1), test=(0,), val=None, classes=("a", "b"), augment="crop", test_size=4):
+def dataset(train=(0, 1), test=(0,), val=None, classes=("a", "b"), test_size=4, **more):
     val = None if val is None else split(val)
-    return Dataset("toy", classes, split(train), split(test, test_size), val, augment)
+    options = {"augment": "crop", **more}
+    return Dataset("toy", classes, split(train), split(test, test_size), val, **options)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,9 @@ def test_split_refuses(images, labels, words):
         ({"val": (0, 7)}, "val labels reach 7"),
         ({"classes": ("a", "b", "c")}, "no training image has label 2 of 0..2"),
         ({"augment": "auto"}, "unknown augmentation 'auto'"),
+        ({"metric": "top5"}, "unknown metric 'top5'"),
     ],
-    ids=["sizes", "beyond", "negative", "val", "gap", "augment"],
+    ids=["sizes", "beyond", "negative", "val", "gap", "augment", "metric"],
 )
 def test_dataset_refuses(arguments, words):
     with pytest.raises(RtkError) as error:

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from rtk.config import DataConfig
-from rtk.data import DATA_SETS, dataset, load
+from rtk.data import CATALOGUE, DATA_SETS, dataset, load
 from rtk.errors import RtkError
 
 
@@ -35,7 +35,9 @@ def test_bad_names(name, words):
 
 
 def test_registered_sets():
-    assert sorted(DATA_SETS.names()) == ["cifar10", "cifar100", "digits", "folder", "npz"]
+    others = {"digits", "folder", "npz", "gaussian-noise", "uniform-noise"}
+    named = {name for name, entry in CATALOGUE.items() if not entry.segmentation}
+    assert set(DATA_SETS.names()) == named | others
 
 
 @pytest.mark.parametrize("size", [5, 8, 32], ids=["down", "same", "up"])
