@@ -81,6 +81,11 @@ def lock_folder(folder: Path, patience: float = 3.0) -> None:
         except OSError:  # a file system without locks: then there is none to respect
             break
     _locks[key] = handle
+    remove_half_written(folder)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove the files that a process which was killed did not finish; nobody else may write."""
     for leftover in folder.glob(".*.safetensors.*"):
         leftover.unlink(missing_ok=True)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from rtk import artifact
 from rtk.errors import RtkError
 from rtk.granularity import Granularity, recognise
 from rtk.nn import mask_model
 from rtk.nn._masked import MaskedLayer
+from rtk.nn.convert import check_fits
 
 TICKET = "ticket.safetensors"  # its name in the folder of the run that drew it
 
@@ -156,23 +159,82 @@ class Ticket:
         return cls(_on_cpu(masks), shapes)
 
     @classmethod
-    def from_torch_prune(cls, model: nn.Module) -> Ticket:
-        """Return the ticket that `torch.nn.utils.prune` left in a model (`weight_mask` buffers)."""
+    def from_torch_prune(cls, model: nn.Module | Mapping[str, Tensor]) -> Ticket:
+        """Return the ticket that `torch.nn.utils.prune` left in a model, or in its state dict.
+
+        A mask of whole rows, kernels or output channels in every convolution becomes one of that
+        granularity.
+
+        Args:
+            model: with `weight_mask` buffers, or a state dict with `LAYER.weight_mask` keys, with
+                or without the `module.` of a parallel model.
+
+        Raises:
+            RtkError: if there are none.
+        """
+        state = model.state_dict() if isinstance(model, nn.Module) else model
         masks = {
-            name: module.weight_mask.detach().bool()
-            for name, module in model.named_modules()
-            if isinstance(getattr(module, "weight_mask", None), Tensor)
+            name.removesuffix("weight_mask").removesuffix(".").removeprefix("module."): mask != 0
+            for name, mask in state.items()
+            if name.rpartition(".")[2] == "weight_mask"
         }
         if not masks:
             raise RtkError(
                 "the model has no weight_mask buffers; prune it with torch.nn.utils.prune first "
                 "(prune.remove drops them)"
             )
-        return cls(_on_cpu(masks))
+        shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        return cls(_on_cpu(_collapsed(masks)), shapes)
+
+    def to_torch_prune(self, model: nn.Module) -> nn.Module:
+        """Prune `model` in place by `torch.nn.utils.prune`, and return it.
+
+        Each weight becomes `weight_orig` and a `weight_mask` of its shape, which other tools read;
+        `prune.remove(layer, "weight")` makes that permanent. `from_torch_prune` gives the ticket
+        back.
+
+        Args:
+            model: with plain layers, whose weights are parameters.
+
+        Raises:
+            RtkError: if the ticket is for another architecture, stem or width, its masks do not
+                fit, or a layer is masked or pruned already; then nothing has been changed.
+        """
+        self.check_model(getattr(model, "spec", None))
+        check_fits(model, self)
+        modules = dict(model.named_modules())
+        for name in self.masks:
+            if isinstance(modules[name], MaskedLayer):
+                raise RtkError(
+                    f"layer {name!r} is masked by rtk already; make that permanent with "
+                    "rtk.nn.fold, or prune the dense network"
+                )
+        for name, mask in self.masks.items():
+            weight = modules[name].weight
+            whole = mask.expand(weight.shape).to(weight.device)
+            prune.custom_from_mask(modules[name], "weight", whole)
+        return model
 
 
 def _on_cpu(masks: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: mask.cpu().clone() for name, mask in masks.items()}
+
+
+def _collapsed(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the masks in the smallest shape that all convolutions' masks have.
+
+    Masks that are all of one value have any shape, and so they do not tell.
+    """
+    convolutions = [mask for mask in masks.values() if mask.dim() == 4]
+    telling = [mask.shape for mask in convolutions if mask.any() and not mask.all()]
+    for name in ("channel", "kernel", "row"):
+        granularity = Granularity.parse(name)
+        kept = 4 - granularity.shared
+        told = any(shape[kept:].numel() > 1 for shape in telling)
+        if told and all(granularity.holds(mask, mask.shape) for mask in convolutions):
+            first = (slice(None),) * kept + (slice(1),) * granularity.shared
+            return {n: mask[first] if mask.dim() == 4 else mask for n, mask in masks.items()}
+    return masks
 
 
 def _pack(mask: Tensor) -> Tensor:

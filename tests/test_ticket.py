@@ -236,6 +236,53 @@ def test_from_torch_prune():
         Ticket.from_torch_prune(pruned)
 
 
+@pytest.mark.parametrize("granularity", ["element", "row", "kernel", "channel", "block-8", "2:4"])
+def test_to_torch_prune_and_back(granularity):
+    ticket = rtk.draw.omp(network(), None if granularity == "2:4" else 0.6, granularity)
+    pruned = network()
+    x = torch.rand(2, 3, 9, 9)
+    expected = ticket.apply(network())(x)
+    assert ticket.to_torch_prune(pruned) is pruned
+    assert torch.equal(pruned(x), expected)
+    assert all(prune.is_pruned(pruned[int(name)]) for name in ticket.masks)
+    assert not prune.is_pruned(pruned[0])
+    assert torch.equal(pruned[1].weight_orig, network()[1].weight), "what is pruned is kept beside"
+    for source in (pruned, {f"module.{key}": value for key, value in pruned.state_dict().items()}):
+        assert_same(Ticket.from_torch_prune(source), ticket)
+    for name in ticket.masks:
+        prune.remove(pruned[int(name)], "weight")
+    assert torch.equal(pruned(x), expected)
+
+
+def test_what_torch_prunes_by_channel_is_by_channel():
+    pruned = network()
+    for layer in (pruned[1], pruned[2]):
+        prune.ln_structured(layer, "weight", amount=0.25, n=1, dim=0)
+    ticket = Ticket.from_torch_prune(pruned)
+    assert ticket.granularity == "channel" and ticket.masks["1"].shape == (48, 1, 1, 1)
+    assert ticket.shapes["1"] == (48, 32, 3, 3) and ticket.sparsity == 0.25
+    prune.ln_structured(pruned[3], "weight", amount=0.25, n=1, dim=1)
+    assert Ticket.from_torch_prune(pruned).granularity == "kernel"
+    linear = prune.random_unstructured(nn.Linear(6, 4), "weight", 0.5)
+    assert list(Ticket.from_torch_prune(linear).masks) == [""], "a layer by itself"
+
+
+def test_to_torch_prune_changes_nothing_where_it_refuses():
+    ticket = full("element")
+    with pytest.raises(RtkError, match=r"masked by rtk already; .*rtk\.nn\.fold"):
+        ticket.to_torch_prune(ticket.apply(network()))
+    pruned = network()
+    prune.l1_unstructured(pruned[2], "weight", 0.5)
+    with pytest.raises(RtkError, match="weight of '2' is computed from others"):
+        ticket.to_torch_prune(pruned)
+    assert not prune.is_pruned(pruned[1])
+    with pytest.raises(RtkError, match="masks layer '1', which the model has not"):
+        ticket.to_torch_prune(nn.Sequential(nn.Conv2d(3, 32, 3)))
+    named = Ticket(ticket.masks, meta={"model": SPEC.to_dict()})
+    with pytest.raises(RtkError, match="ticket is for arch resnet18"):
+        named.to_torch_prune(create(ModelSpec("resnet50", "3x3", 0.125, 5, (0.5,) * 3, (1,) * 3)))
+
+
 def test_a_model_without_masked_layers():
     with pytest.raises(RtkError, match="no masked layers; apply a ticket"):
         Ticket.from_model(nn.Sequential(nn.Conv2d(3, 5, 3)))

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from rtk.config import DrawConfig
-from rtk.draw import learned
+from rtk import distributed
+from rtk.config import ITERATIVE, DrawConfig
+from rtk.draw import iterative, learned
 from rtk.draw.granularity import group_scores, mask_shape, prunable_layers
+from rtk.draw.imp import imp
 from rtk.draw.lmp import LmpStep, lmp, make_lmp_step
 from rtk.draw.omp import omp
-from rtk.identity import claim_folder, config_hash, to_dict
+from rtk.draw.training import record
+from rtk.identity import claim_folder, config_hash
 from rtk.registry import Registry
 from rtk.ticket import TICKET, Ticket
 from rtk.train import Checkpoint, resolve_device, seed_everything, set_threads
@@ -28,34 +31,45 @@ def _omp(model: nn.Module, config: DrawConfig) -> Ticket:
 
 
 schemes.register("lmp")(learned.draw)
+for _name in ITERATIVE:
+    schemes.register(_name)(iterative.draw)
 
 
+@distributed.stage
 def run(config: DrawConfig) -> Path:
     """Draw a ticket as `config` says and return its path.
 
     A ticket that is there already, drawn alike from the same checkpoint, is left as it is. A scheme
-    that trains goes on where it was stopped.
+    that trains goes on where it was stopped; under torchrun only such a scheme takes more than one
+    process.
 
     Raises:
         RtkError: for bad settings or checkpoint, or a ticket in the folder that is damaged.
     """
     scheme = schemes.get(config.scheme)
+    if config.scheme in ("lmp", *ITERATIVE):
+        return _run(config, scheme)
+    return distributed.from_main(_run, config, scheme)
+
+
+def _run(config: DrawConfig, scheme: Callable[[nn.Module, DrawConfig], Ticket]) -> Path:
     device = resolve_device(config.device)
     set_threads(config.threads)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
-    path = claim_folder(config) / TICKET
-    if config.resume and path.exists():
+    path = Path(config.out) / TICKET
+    if config.resume and distributed.from_main(path.exists):
+        claim_folder(config)
         there = Ticket.load(path).meta
         made_of = (there.get("source_sha256"), there.get("config_hash"))
         if made_of == (checkpoint.sha256, config_hash(config)):
             return path
     seed_everything(config.seed)
+    # A scheme that works in the folder claims it, once nothing in the settings can be wrong.
     ticket = scheme(checkpoint.build_model().to(device), config)
+    claim_folder(config)
     meta = {
         **ticket.meta,
-        "source_sha256": checkpoint.sha256,
-        "config": to_dict(config),
-        "config_hash": config_hash(config),
+        **record(config, checkpoint.sha256),
         "lineage": {
             "scheme": config.scheme,
             "granularity": config.granularity,
@@ -64,13 +78,15 @@ def run(config: DrawConfig) -> Path:
             **ticket.meta.get("lineage", {}),
         },
     }
-    dataclasses.replace(ticket, meta=meta).save(path)
+    if distributed.is_main():
+        dataclasses.replace(ticket, meta=meta).save(path)
     return path
 
 
 __all__ = [
     "LmpStep",
     "group_scores",
+    "imp",
     "lmp",
     "make_lmp_step",
     "mask_shape",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from rtk.errors import RtkError
 from rtk.granularity import Granularity
+from rtk.nn._masked import MaskedLayer
 from rtk.ops.score_step import tile_sums
 
 
@@ -65,6 +68,15 @@ def expand_groups(groups: Tensor, weight: Tensor, granularity: str) -> Tensor:
     return wide[: weight.shape[0], : weight.shape[1]].contiguous()
 
 
+def collapse_groups(mask: Tensor, weight: Tensor, granularity: str) -> Tensor:
+    """Undo `expand_groups`: return one value a group out of a mask of that granularity."""
+    kind = Granularity.parse(granularity)
+    if not kind.tile:
+        return mask
+    k, c = _within(kind.tile, weight)
+    return mask[::k, ::c]
+
+
 def n_of_m_mask(weight: Tensor, n: int, m: int) -> Tensor:
     """Return the bool mask that keeps the `n` largest |w| of every `m` consecutive input channels.
 
@@ -99,6 +111,33 @@ def prunable_layers(model: nn.Module, include_first: bool = False) -> dict[str, 
             "the model has no convolution to prune (the first one is left out unless "
             "include_first is set)"
         )
+    return layers
+
+
+def check_finite(layers: Mapping[str, nn.Conv2d], scheme: str) -> None:
+    """Raise an RtkError, in the name of `scheme`, for weights that are NaN or infinite."""
+    for name, layer in layers.items():
+        if not layer.weight.isfinite().all():
+            raise RtkError(
+                f"{scheme}: the weight of {name!r} holds NaN or infinity; "
+                "the checkpoint is of a training that diverged"
+            )
+
+
+def dense_layers(model: nn.Module, include_first: bool, scheme: str) -> dict[str, nn.Conv2d]:
+    """Return `prunable_layers` for a scheme that trains, and so starts from plain convolutions.
+
+    Raises:
+        RtkError: if nothing is left to prune, or a layer is masked or not finite.
+    """
+    layers = prunable_layers(model, include_first)
+    for name, layer in layers.items():
+        if isinstance(layer, MaskedLayer):
+            raise RtkError(
+                f"{scheme}: {name!r} is masked already; draw from the dense network, or make the "
+                "mask permanent with rtk.nn.fold"
+            )
+    check_finite(layers, scheme)
     return layers
 
 

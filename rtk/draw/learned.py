@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 
-from rtk import data, models
 from rtk.config import DrawConfig
 from rtk.draw.lmp import lmp
-from rtk.identity import config_hash, to_dict
+from rtk.draw.training import classifier, give_head, load_images, record
+from rtk.identity import claim_folder
 from rtk.ticket import Ticket
-from rtk.train import Checkpoint, accuracy, resolve_arithmetic
+from rtk.train import Checkpoint
 
 
 def draw(model: nn.Module, config: DrawConfig) -> Ticket:
@@ -27,28 +26,13 @@ def draw(model: nn.Module, config: DrawConfig) -> Ticket:
     Raises:
         RtkError: for bad settings or data, or a loss that becomes NaN.
     """
-    assert isinstance(model, models.Classifier)
+    model = classifier(model, config.scheme)
     checkpoint = Checkpoint.load(config.checkpoint)  # for what it says of itself
     device = next(model.parameters()).device
-    dataset = data.load(config.data)
-    models.replace_head(
-        model, len(dataset.classes), generator=torch.Generator().manual_seed(config.seed)
-    )
-    model.to(device)
-    channels_last, _ = resolve_arithmetic(config.train, device)
-    size = config.train.batch_size
-    batches = data.Batches(
-        dataset.train,
-        size,
-        augment=dataset.augment if config.data.augment == "auto" else config.data.augment,
-        shuffle=True,
-        drop_last=True,  # one shape: all steps are of one CUDA graph
-        seed=config.seed,
-        device=device,
-        channels_last=channels_last,
-    )
-    test = data.Batches(dataset.test, size, device=device)
+    dataset, batches, evaluate = load_images(config.data, config, device)
+    give_head(model, dataset, config)
     assert config.sparsity is not None and config.scope is not None
+    claim_folder(config)
     ticket = lmp(
         model,
         batches,
@@ -62,10 +46,8 @@ def draw(model: nn.Module, config: DrawConfig) -> Ticket:
         folder=config.out,
         meta={
             "stage": "draw",
-            "config": to_dict(config),
-            "config_hash": config_hash(config),
+            **record(config, checkpoint.sha256),
             "classes": list(dataset.classes),
-            "source_sha256": checkpoint.sha256,
             "lineage": {
                 **checkpoint.lineage,
                 "target": config.data.name,
@@ -73,7 +55,7 @@ def draw(model: nn.Module, config: DrawConfig) -> Ticket:
                 "seed": config.seed,
             },
         },
-        evaluate=lambda network: {"top1": accuracy(network, test).top1},
+        evaluate=evaluate,
         resume=config.resume,
         save_scores=config.save_scores,
     )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rtk import artifact
+from rtk import artifact, distributed
 from rtk.config import TrainConfig, lmp_train
 from rtk.cuda_graph import GraphChoice
 from rtk.draw.score_sgd import ScoreSGD
 from rtk.draw.supermask import Supermask
+from rtk.draw.training import working_folder
 from rtk.errors import RtkError
 from rtk.models import Classifier
 from rtk.ticket import Ticket
@@ -217,11 +216,11 @@ def lmp(
     def look(trained: nn.Module) -> dict[str, float]:
         # What the last checkpoint says of itself is known when the last step is done.
         record["lineage"].update(lineage(network.ticket()))
-        if save_scores:
+        if save_scores and distributed.is_main():
             write_scores(Path(str(folder)) / SCORES, network)
         return evaluate(trained) if evaluate is not None else {}
 
-    with _folder(folder) as path:
+    with working_folder(folder) as path:
         train(
             network,
             batches,
@@ -255,14 +254,3 @@ def write_scores(path: Path, network: Supermask) -> None:
     """Write the scores atomically as safetensors, one tensor a layer."""
     meta = {"granularity": network.kind.name, "layers": list(network.layers)}
     artifact.save(path, "scores", dict(network.scores), meta)
-
-
-@contextlib.contextmanager
-def _folder(folder: str | Path | None) -> Iterator[Path]:
-    if folder is not None:
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from rtk import ops
 from rtk.config import SCOPES, check_sparsity
 from rtk.draw.granularity import (
+    check_finite,
+    collapse_groups,
     expand_groups,
     group_scores,
     group_sizes,
+    mask_shape,
     n_of_m_mask,
     prunable_layers,
 )
@@ -30,6 +33,8 @@ def omp(
     granularity: str = "element",
     scope: str = "global",
     include_first: bool = False,
+    *,
+    within: Ticket | None = None,
 ) -> Ticket:
     """Draw a ticket by magnitude: groups are pruned in ascending order of their mean |weight|.
 
@@ -47,48 +52,83 @@ def omp(
         scope: "global", one ranking over all prunable layers, or "layer", the same sparsity in
             each. N:M is the same with both.
         include_first: prune the first convolution too.
+        within: a ticket of the same layers and granularity: what it prunes stays pruned, whatever
+            the weights there are by now, and counts towards `sparsity`. Not for N:M.
 
     Raises:
         RtkError: for settings out of range, no prunable layer (with N:M: none that divides by M),
-            or weights that are not finite.
+            weights that are not finite, or a `within` of other layers or another granularity.
     """
     kind = Granularity.parse(granularity)
     sparsity = check_sparsity(sparsity, granularity)
     check_choice("scope", scope, SCOPES)
     layers = prunable_layers(model, include_first)
-    for name, layer in layers.items():
-        if not layer.weight.isfinite().all():
-            raise RtkError(
-                f"omp: the weight of {name!r} holds NaN or infinity; "
-                "the checkpoint is of a training that diverged"
-            )
-    draw = _n_of_m_masks if kind.n_of_m else _ranked_masks
-    masks = draw(list(layers.values()), sparsity, kind, scope)
+    check_finite(layers, "omp")
+    if kind.n_of_m:
+        if within is not None:
+            raise RtkError(f"omp: {kind.name} keeps N of every M and cannot go on from a ticket")
+        masks = _n_of_m_masks(list(layers.values()), kind)
+    else:
+        alive = None if within is None else _alive(within, layers, kind)
+        masks = _ranked_masks(list(layers.values()), sparsity, kind, scope, alive)
     return Ticket(
         dict(zip(layers, masks, strict=True)),
         {name: tuple(layer.weight.shape) for name, layer in layers.items()},
-        _meta(model, sparsity, kind.name, scope, include_first),
+        {"scheme": "omp", **settings_of(model, sparsity, kind.name, scope, include_first)},
     )
 
 
 def _ranked_masks(
-    layers: Sequence[nn.Conv2d], sparsity: float, kind: Granularity, scope: str
+    layers: Sequence[nn.Conv2d],
+    sparsity: float,
+    kind: Granularity,
+    scope: str,
+    alive: Sequence[Tensor] | None,
 ) -> list[Tensor]:
     weights = [layer.weight for layer in layers]
     scores = [group_scores(weight, kind.name) for weight in weights]
     sizes = [group_sizes(weight, kind.name) for weight in weights]
+    most = [score.numel() for score in scores]
+    if alive is not None:
+        most = [int(groups.sum()) for groups in alive]
+        # Magnitudes are not negative: what is pruned ranks behind everything that is not.
+        scores = [
+            score.masked_fill(~groups.to(score.device), -1)
+            for score, groups in zip(scores, alive, strict=True)
+        ]
+    # Groups of several sizes may have gone beyond the asked number already: none comes back.
     if scope == "global":
-        kept = groups_kept(scores, sizes, sparsity)
+        kept = min(groups_kept(scores, sizes, sparsity), sum(most))
         groups = ops.topk_mask_global(scores, kept)
     else:
-        each = [groups_kept([s], [size], sparsity) for s, size in zip(scores, sizes, strict=True)]
+        each = [
+            min(groups_kept([score], [size], sparsity), limit)
+            for score, size, limit in zip(scores, sizes, most, strict=True)
+        ]
         groups = ops.topk_mask(scores, each)
     return [expand_groups(g.cpu(), w, kind.name) for g, w in zip(groups, weights, strict=True)]
 
 
-def _n_of_m_masks(
-    layers: Sequence[nn.Conv2d], sparsity: float, kind: Granularity, scope: str
-) -> list[Tensor]:
+def _alive(within: Ticket, layers: Mapping[str, nn.Conv2d], kind: Granularity) -> list[Tensor]:
+    """Return which groups of each layer `within` keeps."""
+    shapes = {name: mask_shape(layer.weight, kind.name) for name, layer in layers.items()}
+    theirs = {name: mask.shape for name, mask in within.masks.items()}
+    if theirs != shapes or not all(
+        kind.holds(within.masks[name], layer.weight.shape) for name, layer in layers.items()
+    ):
+        differ = sorted(n for n in shapes | theirs if shapes.get(n) != theirs.get(n))
+        where = f"; masks of other shapes, or of one only: {', '.join(differ)}" if differ else ""
+        raise RtkError(
+            f"omp: the ticket to go on from must mask these layers by {kind.name}, got one by "
+            f"{within.granularity}{where}"
+        )
+    return [
+        collapse_groups(within.masks[name], layer.weight, kind.name)
+        for name, layer in layers.items()
+    ]
+
+
+def _n_of_m_masks(layers: Sequence[nn.Conv2d], kind: Granularity) -> list[Tensor]:
     """The sparsity and the scope have no say: every layer that can be is pruned alike."""
     assert kind.n_of_m
     n, m = kind.n_of_m
@@ -128,12 +168,12 @@ def groups_kept(scores: Sequence[Tensor], sizes: Sequence[Tensor], sparsity: flo
     return groups - 1 - int(torch.searchsorted(pruned_weights, target))
 
 
-def _meta(
+def settings_of(
     model: nn.Module, sparsity: float, granularity: str, scope: str, include_first: bool
 ) -> dict[str, Any]:
+    """Return what a ticket's metadata says of how it was ranked, and of which network."""
     spec: Any = getattr(model, "spec", None)
     return {
-        "scheme": "omp",
         "sparsity": sparsity,
         "granularity": granularity,
         "scope": scope,

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rtk.config import SCOPES, check_sparsity
-from rtk.draw.granularity import expand_groups, group_scores, group_sizes, prunable_layers
+from rtk.draw.granularity import dense_layers, expand_groups, group_scores, group_sizes
 from rtk.draw.omp import groups_kept
 from rtk.draw.score_init import initial_scores
 from rtk.errors import RtkError, check_choice
 from rtk.granularity import Granularity
-from rtk.nn._masked import MaskedLayer
 from rtk.ops import FoldLayer, FoldPlan, TopkPlan
 from rtk.ops._layout import memory_format
 from rtk.ops.prepare_weight import apply_mask
@@ -77,7 +76,7 @@ class Supermask(nn.Module):
         check_choice("scope", scope, SCOPES)
         self.scope, self.include_first = scope, include_first
         self.model = model
-        self.layers = _plain_layers(model, include_first)
+        self.layers = dense_layers(model, include_first, "lmp")
         self.weights = [layer.weight for layer in self.layers.values()]
         self._fold: FoldPlan | None = None
         self.masked = self._leaves(dtype)
@@ -227,22 +226,6 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
         return list(model.get_submodule(name).parameters())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return list(linear[-1].parameters()) if linear else []
-
-
-def _plain_layers(model: nn.Module, include_first: bool) -> dict[str, nn.Conv2d]:
-    layers = prunable_layers(model, include_first)
-    for name, layer in layers.items():
-        if isinstance(layer, MaskedLayer):
-            raise RtkError(
-                f"lmp: {name!r} is masked already; learn a mask on the dense network, or make the "
-                "mask permanent with rtk.nn.fold"
-            )
-        if not layer.weight.isfinite().all():
-            raise RtkError(
-                f"lmp: the weight of {name!r} holds NaN or infinity; "
-                "the checkpoint is of a training that diverged"
-            )
-    return layers
 
 
 def _given(scores: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -39,8 +39,30 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
         RtkError: if the model lacks a layer of the ticket, or a mask does not fit its weight;
             then nothing has been changed.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = check_fits(model, ticket)
     new: dict[nn.Module, nn.Module] = {}
+    for name, mask in ticket.masks.items():
+        module = modules[name]
+        if isinstance(module, MaskedLayer):
+            module.set_mask(_laid_out(mask, module.weight))
+        elif isinstance(module, nn.Conv2d):
+            new[module] = MaskedConv2d.from_conv(module, _laid_out(mask, module.weight))
+        else:
+            assert isinstance(module, nn.Linear)
+            new[module] = MaskedLinear.from_linear(module, mask.clone())
+    _swap(model, new)
+    prepare_together(model)
+    return model
+
+
+def check_fits(model: nn.Module, ticket: Ticket) -> dict[str, nn.Module]:
+    """Return the modules of `model` by all their names, if `ticket` fits them.
+
+    Raises:
+        RtkError: if the model lacks a layer of the ticket, one is not a plain or masked Conv2d or
+            Linear with a weight of its own, or a mask does not fit its weight.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, mask in ticket.masks.items():
         module = modules.get(name)
         if not isinstance(module, nn.Conv2d | nn.Linear):
@@ -63,18 +85,7 @@ def mask_model(model: nn.Module, ticket: Ticket) -> nn.Module:
                 f"the ticket's mask for {name!r} is {tuple(mask.shape)}, the model's weight "
                 f"{tuple(module.weight.shape)}; is the ticket for another architecture or width?"
             )
-    for name, mask in ticket.masks.items():
-        module = modules[name]
-        if isinstance(module, MaskedLayer):
-            module.set_mask(_laid_out(mask, module.weight))
-        elif isinstance(module, nn.Conv2d):
-            new[module] = MaskedConv2d.from_conv(module, _laid_out(mask, module.weight))
-        else:
-            assert isinstance(module, nn.Linear)
-            new[module] = MaskedLinear.from_linear(module, mask.clone())
-    _swap(model, new)
-    prepare_together(model)
-    return model
+    return modules
 
 
 def _laid_out(mask: Tensor, weight: Tensor) -> Tensor:

@@ -366,6 +366,57 @@ def test_a_ticket_out_of_a_masked_model_goes_on_from_it():
     assert all(not (further.masks[n] & ~half.masks[n]).any() for n in half.masks)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, "block-4x3"])
+def test_within_a_ticket_nothing_comes_back(granularity, scope):
+    """The weights were drawn anew: other groups are small now, and what is pruned may be large."""
+    before = omp(small(0), 0.5, granularity, scope)
+    model = small(1)
+    with torch.no_grad():
+        for weight in weights(model).values():
+            weight.mul_(torch.rand(len(weight), 1, 1, 1))  # channels of every layer become small
+    anew = omp(model, 0.7, granularity, scope)
+    ticket = omp(model, 0.7, granularity, scope, within=before)
+    assert any((anew.masks[n] & ~before.masks[n]).any() for n in before.masks)
+    assert not any((ticket.masks[n] & ~before.masks[n]).any() for n in before.masks)
+    total = sum(w.numel() for w in weights(model).values())
+    assert zeros(ticket, model) >= round(0.7 * total) - len(before.masks)
+    assert ticket.granularity == granularity
+    # What goes beside that are the smallest, so a ranking without the pruned ones finds them too.
+    with torch.no_grad():
+        for name, weight in weights(model).items():
+            weight[~before.masks[name].expand(weight.shape)] = 0
+    if not granularity.startswith("block"):  # tiles may hold a pruned weight beside a kept one
+        assert same(ticket.masks, omp(model, 0.7, granularity, scope).masks)
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5])
+def test_within_a_sparser_ticket_it_stays(granularity, sparsity):
+    before = omp(small(0), 0.6, granularity)
+    assert same(omp(small(1), sparsity, granularity, within=before).masks, before.masks)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "first", "message"),
+    [
+        ("row", False, "must mask these layers by element, got one by row; masks of other shapes"),
+        ("element", True, "got one by element; masks of other shapes, or of one only: 0"),
+        ("2:4", False, "2:4 keeps N of every M and cannot go on from a ticket"),
+    ],
+)
+def test_within_a_ticket_that_does_not_fit(granularity, first, message):
+    before = omp(small(), None if granularity == "2:4" else 0.5, granularity, include_first=first)
+    with pytest.raises(RtkError, match=message):
+        omp(small(), 0.5, "2:4" if granularity == "2:4" else "element", within=before)
+
+
+def test_within_a_ticket_of_other_tiles():
+    before = omp(small(), 0.5, "block-4")
+    with pytest.raises(RtkError, match=r"by block-8, got one by block-4$"):
+        omp(small(), 0.7, "block-8", within=before)
+
+
 def test_meta_says_how_it_was_drawn():
     meta = omp(resnet18(0.25), 0.6, "row", "layer", include_first=True).meta
     assert meta == {
