@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtk.errors import RtkError
-from rtk.models import MODELS, Classifier, ModelSpec, create
+from rtk.models import MODELS, Classifier, ModelSpec, create, is_from_library
 from rtk.nn import LayerTimes, MaskedConv2d, tune
 from rtk.runs import find_artefact
 from rtk.ticket import TICKET, Ticket
@@ -27,8 +27,8 @@ def describe_layers(
     """Measure the masked convolutions of a network, as `rtk.nn.tune` does, and return a table.
 
     Args:
-        model: a run's folder or its checkpoint.safetensors; or an architecture, e.g. resnet50,
-            which gets the ticket's stem and width, and random weights.
+        model: a run's folder or its checkpoint.safetensors; or an architecture, e.g. resnet50 or
+            torchvision:densenet121, which gets the ticket's stem and width, and random weights.
         ticket: a run's folder or its ticket.safetensors.
         image_size: height and width of the images in pixels; None is 32 for a 3x3 stem, else 224.
         batch_size: images at a time.
@@ -67,10 +67,11 @@ def describe_layers(
 
 def _network(model: str, ticket: Ticket) -> Classifier:
     """Return the network of a checkpoint, or a fresh one of the architecture `model`."""
-    if Path(model).exists() or model not in MODELS.names():
+    library = is_from_library(model)
+    if Path(model).exists() or not (library or model in MODELS.names()):
         return Checkpoint.load(model).build_model()
     told = ticket.meta.get("model") or {}
-    stem, width = told.get("stem", "7x7"), told.get("width", 1.0)
+    stem, width = told.get("stem", "own" if library else "7x7"), told.get("width", 1.0)
     return create(ModelSpec(model, stem, width, 10, (0.5,) * 3, (0.25,) * 3))
 
 

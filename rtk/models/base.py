@@ -22,11 +22,16 @@ class Classifier(nn.Module):
     """
 
     head_name = "fc"
+    spec: ModelSpec
     mean: Tensor
     std: Tensor
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.follow(spec)
+
+    def follow(self, spec: ModelSpec) -> None:
+        """Become the network of `spec`, which differs in its normaliser at most."""
         self.spec = spec
         shape = (1, 3, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
@@ -45,18 +50,6 @@ Builder = Callable[[ModelSpec], Classifier]
 MODELS: Registry[Builder] = Registry("model")
 
 
-def create(spec: ModelSpec) -> Classifier:
-    """Return a freshly initialised network, drawn from torch's global random state.
-
-    Args:
-        spec: architecture, stem, width, classes and normalisation.
-
-    Raises:
-        RtkError: where the architecture is unknown or the width leaves nothing of it.
-    """
-    return MODELS.get(spec.arch)(spec)
-
-
 def replace_head(
     model: Classifier, num_classes: int, *, generator: Generator | None = None
 ) -> Classifier:
@@ -66,7 +59,7 @@ def replace_head(
     seed means the same on every device.
 
     Args:
-        model: a network of `create`.
+        model: a network of `rtk.models.create`.
         num_classes: outputs of the new head, >= 1.
         generator: a CPU generator; None draws from torch's global random state.
 
@@ -78,7 +71,7 @@ def replace_head(
     """
     if num_classes < 1:
         raise RtkError(f"replace_head: expected num_classes of at least 1, got {num_classes}")
-    old = getattr(model, model.head_name, None)
+    old = dict(model.named_modules()).get(model.head_name)
     if not isinstance(old, nn.Linear):
         raise RtkError(
             f"replace_head: {model.head_name} is {type(old).__name__}, expected a linear layer"
@@ -92,6 +85,7 @@ def replace_head(
     head = nn.Linear(old.in_features, num_classes, device="meta")
     head.weight = nn.Parameter(weight.to(old.weight))
     head.bias = nn.Parameter(bias.to(old.weight))
-    setattr(model, model.head_name, head.train(model.training))
+    parent, _, child = model.head_name.rpartition(".")
+    setattr(model.get_submodule(parent), child, head.train(model.training))
     model.spec = dataclasses.replace(model.spec, num_classes=num_classes)
     return model

@@ -8,20 +8,47 @@ from typing import Any
 
 from rtk.errors import RtkError, check_choice, did_you_mean
 
-STEMS = ("3x3", "7x7")
+STEMS = ("3x3", "7x7", "own")  # own: a library's network, whose stem is part of it
+LIBRARIES = ("torchvision", "timm")
 
 
-def resolve_stem(stem: str, image_size: int) -> str:
-    """Return "3x3" or "7x7"; "auto" is "3x3" up to 64 pixels.
+def is_from_library(arch: str) -> bool:
+    """Whether `arch` is a full name like torchvision:densenet121: no network of rtk's own."""
+    return arch.partition(":")[0] in LIBRARIES and ":" in arch
+
+
+def resolve_stem(stem: str, image_size: int, arch: str = "resnet18") -> str:
+    """Return "3x3" or "7x7", "auto" being "3x3" up to 64 pixels; or "own" for a library's network.
 
     Args:
-        stem: auto, 3x3 (no max-pool, small images) or 7x7 (stride 2 and max-pool, ImageNet).
+        stem: auto, 3x3 (no max-pool, small images), 7x7 (stride 2 and max-pool, ImageNet) or own.
         image_size: height of the images, in pixels.
+        arch: the architecture's full name (`rtk.models.resolve_arch`).
+
+    Raises:
+        RtkError: for a stem that the architecture cannot have.
     """
     check_choice("stem", stem, ("auto", *STEMS))
+    if is_from_library(arch):
+        check_stem(arch, "own" if stem == "auto" else stem)
+        return "own"
     if stem != "auto":
+        check_stem(arch, stem)
         return stem
     return "3x3" if image_size <= 64 else "7x7"
+
+
+def check_stem(arch: str, stem: str) -> None:
+    """Raise an RtkError where the architecture `arch` cannot have `stem`."""
+    if is_from_library(arch) and stem != "own":
+        raise RtkError(
+            f"model stem: expected auto for {arch}, whose stem is its own, got {stem!r}; the stems "
+            "3x3 and 7x7 are of rtk's ResNets"
+        )
+    if not is_from_library(arch) and stem == "own":
+        raise RtkError(
+            f"model stem: expected 3x3 or 7x7 for {arch}, got 'own'; or leave it at auto"
+        )
 
 
 def _triple(name: str, values: Any) -> tuple[float, float, float]:
@@ -37,9 +64,9 @@ class ModelSpec:
     """A network's architecture and normalisation.
 
     Args:
-        arch: a registered model, e.g. resnet18.
-        stem: 3x3 or 7x7 (`resolve_stem` turns auto into one).
-        width: multiplier of every layer's channels, > 0.
+        arch: a registered model, e.g. resnet18, or a library's, e.g. torchvision:densenet121.
+        stem: 3x3 or 7x7; own for a library's network (`resolve_stem` turns auto into one).
+        width: multiplier of every layer's channels, > 0; 1 for a library's network.
         num_classes: outputs of the head, >= 1.
         mean: of each channel of the images, in [0, 1] scale.
         std: of each channel, > 0.
