@@ -74,7 +74,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if data.startswith(_PICKLE_STARTS) and data[8:9] != b"{":
         raise RtkError(
             f"{kind} {path} is a pickle, which can run code when opened; rtk reads safetensors "
-            "only: open it where you trust it and save its tensors as safetensors"
+            "only: `rtk convert` makes a checkpoint of it"
         )
     try:
         length = int.from_bytes(data[:8], "little")
@@ -88,7 +88,7 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
     if "rtk" not in stored or "sha256" not in stored:
         raise RtkError(
             f"{kind} {path} is safetensors but was not written by rtk (no metadata); "
-            "give a file that rtk itself wrote"
+            "give a file that rtk itself wrote, or make one of it with `rtk convert`"
         )
     if _digest(tensors, stored["rtk"]) != stored["sha256"]:
         raise RtkError(
@@ -104,3 +104,17 @@ def load(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
             f"({__version__}) reads up to {FORMAT}: upgrade rtk"
         )
     return tensors, meta, stored["sha256"]
+
+
+def peek(path: str | Path) -> tuple[dict[str, Any], str] | None:
+    """Return an artefact's metadata and SHA-256 without reading its tensors, so nothing is checked.
+
+    For a look at many files; what is used is loaded. None where there is no such file.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        stored = header["__metadata__"]
+        return json.loads(stored["rtk"]), stored["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return None

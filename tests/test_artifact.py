@@ -53,6 +53,21 @@ def test_round_trip(path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_peek_is_at_metadata_and_hash_only(path):
+    sha256 = artifact.save(path, "ticket", tensors(), META)
+    _, meta, _ = artifact.load(path, "ticket")
+    assert artifact.peek(path) == (meta, sha256)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # the tensors are not looked at
+    assert artifact.peek(path) == (meta, sha256)
+    for content in (b"", data[:5], data[:40], b"PK\x03\x04" + bytes(90), b"\xff" * 64):
+        path.write_bytes(content)
+        assert artifact.peek(path) is None
+    save_file({"x": torch.zeros(1)}, path)  # not rtk's
+    assert artifact.peek(path) is None
+    assert artifact.peek(path.parent / "nothing") is None
+
+
 def test_tensors_that_share_memory(path):
     whole = torch.randn(6)
     given = {"whole": whole, "same": whole, "part": whole[2:4], "view": whole.view(2, 3)}
