@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rtk import attacks, data, models
+from rtk import attacks, data, distributed, models
 from rtk.config import PretrainConfig
 from rtk.identity import claim_folder, config_hash, to_dict
 from rtk.train import (
     CHECKPOINT,
     accuracy,
+    check_batch_size,
     resolve_arithmetic,
     resolve_device,
     seed_everything,
@@ -18,6 +19,7 @@ from rtk.train import (
 )
 
 
+@distributed.stage
 def run(config: PretrainConfig) -> Path:
     """Pretrain as `config` says and return the checkpoint's path.
 
@@ -29,13 +31,13 @@ def run(config: PretrainConfig) -> Path:
     """
     device = resolve_device(config.device)
     set_threads(config.threads)
+    check_batch_size(config.train.batch_size)
     dataset = data.load(config.data)
     seed_everything(config.seed)
     mean, std = data.channel_stats(dataset.train)
-    stem = models.resolve_stem(config.model.stem, dataset.image_size)
-    spec = models.ModelSpec(
-        config.model.arch, stem, config.model.width, len(dataset.classes), mean, std
-    )
+    arch = models.resolve_arch(config.model.arch)
+    stem = models.resolve_stem(config.model.stem, dataset.image_size, arch)
+    spec = models.ModelSpec(arch, stem, config.model.width, len(dataset.classes), mean, std)
     attack = attacks.create(config.attack)
     model = models.create(spec).to(device)
     folder = claim_folder(config)  # once nothing in the settings can be wrong any more

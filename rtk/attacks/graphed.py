@@ -50,6 +50,11 @@ class GraphedAttack(Graphed):
             self._seed = Seed(self._attack, x.device)
         return self.run(x, y)
 
+    def draw_seed(self) -> int | None:
+        """Draw the seed of one call, as the attack itself would; None where it draws none."""
+        draw: Callable[[], int | None] = getattr(self._attack, "draw_seed", lambda: None)
+        return draw()
+
     def eager(self, *inputs: Tensor) -> Tensor:
         return self._attack(self._model, *inputs)
 

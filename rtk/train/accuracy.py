@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rtk import distributed
 from rtk.attacks import Attack, GraphedAttack, check_labels
 from rtk.attacks.gradient import local_network
 from rtk.attacks.precision import accepting
@@ -41,6 +42,10 @@ def accuracy(
     On a GPU the attack is one CUDA graph from the fourth batch on, but for a last, smaller batch;
     it finds the same images. See `rtk.attacks.GraphedAttack` for what stays eager.
 
+    Processes that work together (`rtk.distributed`) take turns at whole batches and add up what
+    they count, which is what one process counts, to the last image: for an attack that has
+    `draw_seed`, those of the others' batches are drawn too.
+
     Args:
         model: takes images in [0, 1] and returns logits; in half precision, the images are cast for
             it. Of DistributedDataParallel the network inside, so that one rank may measure alone.
@@ -57,15 +62,17 @@ def accuracy(
         attack = GraphedAttack(attack, graph=graph)
     training = [module for module in model.modules() if module.training]
     model.eval()
-    rights: list[Tensor] = []
-    labels: list[Tensor] = []
+    rank, ranks = distributed.rank(), distributed.world_size()
+    rights: list[Tensor] = [torch.zeros(0, dtype=torch.bool, device=batches.device)]
+    labels: list[Tensor] = [torch.zeros(0, dtype=torch.int64, device=batches.device)]
     try:
-        for x, y in batches.epoch(0):
+        for turn, (x, y) in enumerate(batches.epoch(0, min(rank, len(batches)), ranks)):
             if attack is not None:
+                _skip_seeds(attack, rank if turn == 0 else ranks - 1)
                 x = attack(model, x, y)
             with torch.no_grad():
                 logits = accepting(model, x)(x)
-            if not labels:
+            if turn == 0:
                 check_labels(y, logits)
             rights.append(logits.argmax(1) == y)
             labels.append(y)
@@ -73,10 +80,19 @@ def accuracy(
         for module in training:
             module.training = True
     right, label = torch.cat(rights).double(), torch.cat(labels)
-    per_class = torch.zeros(int(label.max()) + 1, dtype=torch.float64, device=label.device)
-    hits = per_class.index_add(0, label, right)
-    counts = per_class.index_add(0, label, torch.ones_like(right))
+    classes = int(batches.labels.max()) + 1
+    per_class = torch.zeros(2, classes, dtype=torch.float64, device=label.device)
+    both = torch.stack([right, torch.ones_like(right)])
+    hits, counts = distributed.summed(per_class.index_add(1, label, both))
     occurring = counts > 0
     return Accuracy(
-        right.mean().item(), (hits[occurring] / counts[occurring]).mean().item(), len(label)
+        (hits.sum() / counts.sum()).item(),
+        (hits[occurring] / counts[occurring]).mean().item(),
+        int(counts.sum()),
     )
+
+
+def _skip_seeds(attack: GraphedAttack, count: int) -> None:
+    """Draw the seeds of `count` batches that other processes attack."""
+    for _ in range(count):
+        attack.draw_seed()

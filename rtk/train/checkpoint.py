@@ -6,6 +6,7 @@ metadata holds the model's spec, the progress, the configuration and its hash, a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rtk import artifact, models
+from rtk.config import DataConfig
 from rtk.errors import RtkError, did_you_mean
+from rtk.identity import from_dict
 from rtk.models import ModelSpec
 from rtk.nn import mask_model
 from rtk.runs import find_artefact
@@ -75,12 +78,35 @@ class Checkpoint:
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec.from_dict(self.meta["model"])
+        return models.read_spec(self.meta["model"])
 
     @property
     def lineage(self) -> dict[str, Any]:
         """What this model has been through: columns of a report."""
         return dict(self.meta.get("lineage", {}))
+
+    def images(self, named: DataConfig) -> DataConfig:
+        """Return `named`, or where it has no name the images that this network was trained on.
+
+        What `named` sets otherwise, as its root, takes the place of what training was given.
+
+        Raises:
+            RtkError: if there is no name and the checkpoint does not tell its images.
+        """
+        if named.name:
+            return named
+        values = self.meta.get("config", {}).get("data")
+        if values is None:
+            raise RtkError(
+                f"checkpoint {self.path} does not say what it was trained on; "
+                "name the images with --data.name"
+            )
+        own = from_dict(DataConfig, values)
+        given = {f.name: getattr(named, f.name) for f in dataclasses.fields(named)}
+        default = DataConfig(name=named.name)
+        return dataclasses.replace(
+            own, **{name: value for name, value in given.items() if value != getattr(default, name)}
+        )
 
     def section(self, name: str) -> dict[str, Tensor]:
         prefix = f"{name}."

@@ -18,14 +18,26 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rtk import distributed
 from rtk.attacks import Free
 from rtk.config import TrainConfig
 from rtk.errors import Interrupted, RtkError
 from rtk.runs import JsonlLog
 from rtk.train.checkpoint import CHECKPOINT, Checkpoint, save_checkpoint
+from rtk.train.distributed import (
+    OwnStarts,
+    Pace,
+    Share,
+    check_alike,
+    check_batch_size,
+    share_statistics,
+    take_share,
+    whole_state,
+    wrap,
+)
 from rtk.train.free import make_free_step
 from rtk.train.optim import learning_rate, make_optimizer, match_layouts, set_learning_rate
-from rtk.train.step import Step, make_step
+from rtk.train.step import Loss, Step, make_step
 
 _CHECK_EVERY = 50  # steps between two looks at the loss on a GPU: each look synchronises
 
@@ -54,8 +66,12 @@ def train(
     resume: bool = True,
     label: str = "train",
     optimizer: torch.optim.Optimizer | None = None,
+    loss: Loss | None = None,
 ) -> nn.Module:
     """Train `model` and leave checkpoint.safetensors and metrics.jsonl in `folder`.
+
+    In several processes (see `rtk.distributed`) each takes its share of every batch, gradients are
+    averaged, `evaluate` is called in all of them, and the main one writes.
 
     Args:
         model: on its device; parameters that do not require grad stay as they are.
@@ -72,7 +88,9 @@ def train(
         resume: go on from the folder's checkpoint, if there is one; else start over.
         label: what the progress bar and the lines are called.
         optimizer: of the model as it lies in memory; by default the configuration's SGD over all
-            parameters that require grad.
+            parameters that require grad. The schedule's rate is that of every group, times the
+            group's `lr_factor` if it has one.
+        loss: `loss(logits, labels) -> scalar` in the place of the cross-entropy; not for `Free`.
 
     Returns:
         The trained model.
@@ -88,6 +106,15 @@ def train(
     if optimizer is None:
         optimizer = make_optimizer(model.parameters(), config)
     trained = model if network is None else network
+    alone = trained
+    after_epoch = getattr(attack, "after_epoch", None)
+    if distributed.world_size() > 1:
+        check_batch_size(config.batch_size)
+        batches = Share(batches)
+        if not isinstance(attack, Free):
+            loss = batches.weighted(loss, config.label_smoothing)
+        attack = OwnStarts(attack) if hasattr(attack, "draw_seed") else attack
+        trained = wrap(alone, optimizer)
     step_options: dict[str, Any] = {
         "amp": amp,
         "graph": "auto" if config.graph == "auto" else False,
@@ -97,12 +124,11 @@ def train(
     if isinstance(attack, Free):
         step_fn = make_free_step(trained, optimizer, attack, **step_options)
     else:
-        step_fn = make_step(trained, optimizer, attack, **step_options)
-    after_epoch = getattr(attack, "after_epoch", None)
+        step_fn = make_step(trained, optimizer, attack, loss=loss, **step_options)
     log = JsonlLog(folder / "metrics.jsonl")
     path = folder / CHECKPOINT
     progress: dict[str, Any] = {"epoch": 0, "step": 0, "loss_sum": 0.0, "finished": False}
-    if resume and path.exists():
+    if resume and distributed.from_main(path.exists):
         checkpoint = Checkpoint.load(path)
         for key in ("config_hash", "source_sha256", "ticket_sha256"):
             if checkpoint.meta.get(key) != meta.get(key):
@@ -112,8 +138,10 @@ def train(
                 )
         progress = checkpoint.restore(model, optimizer)
         match_layouts(optimizer)
-        log.keep(lambda record: record["epoch"] <= progress["epoch"])
-    else:
+        take_share(optimizer)
+        if distributed.is_main():
+            log.keep(lambda record: record["epoch"] <= progress["epoch"])
+    elif distributed.is_main():
         path.unlink(missing_ok=True)  # first, so that no checkpoint is ever without its log
         log.keep(lambda record: False)
     if progress["finished"]:
@@ -122,7 +150,13 @@ def train(
     def save(**now: Any) -> None:
         # A finished run has nothing to go on with: half the file, and only weights are read of it.
         state = None if now["finished"] else optimizer
-        save_checkpoint(path, model, state, {**meta, "progress": now})
+        check_alike(optimizer)
+        with whole_state(optimizer):
+            if distributed.is_main():
+                save_checkpoint(path, model, state, {**meta, "progress": now})
+
+    def mean_sum() -> float:
+        return distributed.total(loss_sum.item())[0] / distributed.world_size()
 
     with _stop_requests() as stop_requested:
         saved = time.monotonic()
@@ -133,45 +167,51 @@ def train(
             loss_sum = torch.tensor(progress["loss_sum"], dtype=torch.float64, device=device)
             progress = {"step": 0, "loss_sum": 0.0}
             steps = len(batches)
+            pace = Pace(first)
             bar = _progress_bar(f"{label} {epoch + 1}/{config.epochs}", first, steps)
             seen = 0
             for step, (x, y) in enumerate(batches.epoch(epoch, start=first), start=first):
                 rate = learning_rate(config, epoch + step / steps)
                 set_learning_rate(optimizer, rate)
                 loss_sum += step_fn(x, y)
+                share_statistics(alone)
                 seen += len(y)
                 bar.update()
                 if device.type == "cpu" or step % _CHECK_EVERY == 0:
                     _check_finite(loss_sum, epoch, step, path)
                 due = time.monotonic() - saved > config.checkpoint_seconds
-                if (due or stop_requested()) and step + 1 < steps:
+                due, stop = pace(step, due, stop_requested())
+                if (due or stop) and step + 1 < steps:
                     _check_finite(loss_sum, epoch, step, path, model)
-                    save(epoch=epoch, step=step + 1, loss_sum=loss_sum.item(), finished=False)
+                    save(epoch=epoch, step=step + 1, loss_sum=mean_sum(), finished=False)
                     saved = time.monotonic()
-                    if stop_requested():
+                    if stop:
                         raise Interrupted(_stopped(epoch, step + 1, path))
             bar.close()
             _check_finite(loss_sum, epoch, steps - 1, path, model)
-            if after_epoch is not None:
-                after_epoch(trained, x, y)
+            if after_epoch is not None and distributed.is_main():
+                after_epoch(alone, x, y)
             last = epoch + 1 == config.epochs
             seconds = time.perf_counter() - started
             record = {
                 "epoch": epoch + 1,
-                "loss": loss_sum.item() / max(1, steps),
+                "loss": mean_sum() / max(1, steps),
                 "lr": rate,
                 "seconds": round(seconds, 3),
-                "images_per_second": round(seen / seconds, 1),
+                "images_per_second": round(distributed.total(seen)[0] / seconds, 1),
             }
+            if distributed.world_size() > 1:
+                record["processes"] = distributed.world_size()
             look = config.eval_every > 0 and (epoch + 1) % config.eval_every == 0
             if evaluate is not None and (last or look):
                 record |= evaluate(model)
             # The record first: if the process dies in between, resuming drops it again.
-            log.append(**record)
+            if distributed.is_main():
+                log.append(**record)
             save(epoch=epoch + 1, step=0, loss_sum=0.0, finished=last)
             saved = time.monotonic()
             _plain_line(label, config.epochs, record)
-            if stop_requested():
+            if any(distributed.largest(stop_requested())):
                 raise Interrupted(_stopped(epoch + 1, 0, path))
         if config.epochs == 0:
             save(epoch=0, step=0, loss_sum=0.0, finished=True)
@@ -230,13 +270,19 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 def _progress_bar(label: str, first: int, steps: int) -> tqdm:
     return tqdm(
-        desc=label, initial=first, total=steps, leave=False, disable=not sys.stderr.isatty()
+        desc=label,
+        initial=first,
+        total=steps,
+        leave=False,
+        disable=not (sys.stderr.isatty() and distributed.is_main()),
     )
 
 
 def _plain_line(label: str, epochs: int, record: dict[str, Any]) -> None:
     """Say how an epoch went where there is no terminal for a bar: at most some ten lines a run."""
     every = max(1, epochs // 10)
+    if not distributed.is_main():
+        return
     if not sys.stderr.isatty() and (record["epoch"] % every == 0 or record["epoch"] == epochs):
         print(
             f"{label} epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}, "

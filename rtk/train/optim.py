@@ -46,9 +46,12 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group, as a number: a captured step reads it before each replay."""
+    """Set the rate of every group, as a number: a captured step reads it before each replay.
+
+    A group with an `lr_factor` gets the rate times that.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_factor", 1.0)
 
 
 def match_layouts(optimizer: torch.optim.Optimizer) -> None:

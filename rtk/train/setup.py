@@ -7,14 +7,17 @@ import random
 import numpy as np
 import torch
 
+from rtk import distributed
 from rtk.errors import RtkError
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
 
-    Raises RtkError for another name, or a GPU that is not there.
+    Beside other processes (`rtk.distributed`) "auto" and "cuda" are this one's own GPU. Raises
+    RtkError for another name, or a GPU that is not there.
     """
+    name = distributed.own_device(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

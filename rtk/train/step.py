@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,6 +26,7 @@ from rtk.train.optim import DeviceRates, match_layouts, optimizer_state, why_not
 
 Step = Callable[[Tensor, Tensor], Tensor]
 StepAttack = Callable[..., Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def make_step(
@@ -35,6 +37,7 @@ def make_step(
     amp: torch.dtype | None = torch.bfloat16,
     graph: GraphChoice = "auto",
     label_smoothing: float = 0.0,
+    loss: Loss | None = None,
 ) -> TrainStep:
     """Return `step(x, y) -> loss`, which does one optimiser step on a batch.
 
@@ -60,6 +63,7 @@ def make_step(
         graph: "auto" captures on a GPU and warns once where that is impossible; True raises an
             RtkError there; False never captures.
         label_smoothing: of the cross-entropy.
+        loss: `loss(logits, y) -> scalar` of fp32 logits; None is the batch's mean cross-entropy.
 
     Returns:
         A function of x, (N, C, H, W) in [0, 1], and y, (N,) int64, that returns the batch's loss
@@ -71,7 +75,9 @@ def make_step(
             the step cannot be captured: here if that is known (a model on the CPU), else by the
             step that finds out.
     """
-    return TrainStep(model, optimizer, attack, amp, graph, label_smoothing)
+    if loss is None:
+        loss = functools.partial(F.cross_entropy, label_smoothing=label_smoothing)
+    return TrainStep(model, optimizer, attack, amp, graph, loss)
 
 
 class TrainStep(Graphed):
@@ -91,7 +97,7 @@ class TrainStep(Graphed):
         attack: StepAttack | None,
         amp: torch.dtype | None,
         graph: GraphChoice,
-        label_smoothing: float,
+        loss: Loss,
     ) -> None:
         if amp is not None and not amp.is_floating_point:
             raise RtkError(f"make_step: amp must be a floating dtype or None, got {amp}")
@@ -109,7 +115,7 @@ class TrainStep(Graphed):
         self._optimizer = optimizer
         self._attack = attack
         self._amp = amp
-        self._label_smoothing = label_smoothing
+        self._loss = loss
         self._seed = Seed(attack, device)
         self._rates = DeviceRates(optimizer, device)
         self._grads: list[tuple[Tensor, Tensor]] = []  # what a replay writes
@@ -143,7 +149,7 @@ class TrainStep(Graphed):
             if self._attack is not None:
                 x = self._attack(self._attacked, x, y, **seed)
             logits = self._model(x)
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=self._label_smoothing)
+            loss = self._loss(logits.float(), y)
         self._optimizer.zero_grad(set_to_none=True)
         self._grads_shown = False
         loss.backward()

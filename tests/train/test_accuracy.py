@@ -35,6 +35,18 @@ def test_top1_and_mean_per_class():
     assert found == Accuracy(top1=4 / 7, mean_per_class=mean, images=7)
 
 
+def test_both_are_torchmetrics():
+    from torchmetrics.classification import MulticlassAccuracy
+
+    labels = [0] * 9 + [1] * 4 + [2] * 2 + [3] * 5
+    predicted = torch.randint(4, (20,)).tolist()
+    found = accuracy(FirstPixel(4), images_of(predicted, labels))
+    for average, value in (("micro", found.top1), ("macro", found.mean_per_class)):
+        peer = MulticlassAccuracy(4, average=average)(torch.tensor(predicted), torch.tensor(labels))
+        assert value == pytest.approx(peer.item(), abs=1e-6)
+    assert found.top1 != pytest.approx(found.mean_per_class)
+
+
 def test_the_attacks_images_are_measured():
     batches = images_of([0, 1], [0, 1])
 
