@@ -6,25 +6,38 @@ import dataclasses
 import warnings
 from pathlib import Path
 
-from rtk import attacks, data
-from rtk._version import __version__
+from torch import nn
+
+from rtk import attacks, data, distributed, models
 from rtk.config import DataConfig, EvaluateConfig
 from rtk.errors import RtkError
+from rtk.evaluate import segmentation
 from rtk.evaluate.certify import Smoothed, certified_radius, certify_split, lower_bound
-from rtk.identity import claim_folder, config_hash, from_dict
-from rtk.runs import read_json, write_json
-from rtk.train import Accuracy, Checkpoint, accuracy, resolve_device, seed_everything, set_threads
+from rtk.evaluate.frechet import Extractor, Gaussian, Moments, frechet_distance, statistics_of
+from rtk.evaluate.ood import confidences, roc_auc
+from rtk.evaluate.result import RESULT, is_there, write_result
+from rtk.identity import claim_folder
+from rtk.train import (
+    Accuracy,
+    Checkpoint,
+    ConfusionMatrix,
+    accuracy,
+    resolve_device,
+    seed_everything,
+    set_threads,
+)
 
-RESULT = "result.json"
 
-
+@distributed.stage
 def run(config: EvaluateConfig) -> Path:
     """Evaluate as `config` says and return the path of result.json.
 
     The result holds the numbers and the lineage of the model (columns of a report): `top1` and
-    `mean_per_class` on the images as they are, `pgd_top1` under `attack`, whatever that is, and
-    with `certify.sigma` what `certify_split` returns, as `certified`. One that is there already,
-    of the same configuration and checkpoint, is left as it is.
+    `mean_per_class` on the images as they are, `pgd_top1` under `attack`, whatever that is, with
+    `certify.sigma` what `certify_split` returns, as `certified`, and as `ood_auc` the ROC-AUC of
+    the confidence against each set of `ood`, resized to these images' size. One that is there
+    already, of the same configuration and checkpoint, is left as it is. A segmentation network
+    has `miou`, `pixel_accuracy` and `class_iou` instead.
 
     Raises:
         RtkError: for bad settings, data or checkpoint, or an attack that met gradients that are
@@ -33,7 +46,9 @@ def run(config: EvaluateConfig) -> Path:
     device = resolve_device(config.device)
     set_threads(config.threads)
     checkpoint = Checkpoint.load(config.checkpoint).require_finished()
-    data_config = _images(config, checkpoint)
+    if isinstance(checkpoint.spec, models.SegmentationSpec):
+        return distributed.from_main(segmentation.run, config, checkpoint, device)
+    data_config = checkpoint.images(config.data)
     dataset = data.load(data_config)
     classes = checkpoint.meta.get("classes", list(dataset.classes))
     if classes != list(dataset.classes):
@@ -43,12 +58,10 @@ def run(config: EvaluateConfig) -> Path:
             stacklevel=2,
         )
     attack = attacks.create(config.attack, evaluating=True)
+    others = _other_sets(config, data_config, dataset)
     path = claim_folder(config) / RESULT
-    if config.resume and path.exists():
-        there = read_json(path)
-        made_of = (there.get("checkpoint_sha256"), there.get("config_hash"))
-        if made_of == (checkpoint.sha256, config_hash(config)):
-            return path
+    if distributed.from_main(is_there, path, config, checkpoint):
+        return path
     model = checkpoint.build_model().to(device)
     batches = data.Batches(dataset.test, config.batch_size, device=device)
     natural = accuracy(model, batches)
@@ -63,51 +76,62 @@ def run(config: EvaluateConfig) -> Path:
         certified["certified"] = certify_split(
             model, dataset.test, config.certify, seed=config.seed, device=device
         )
-    write_json(
-        path,
-        {
-            "target": data_config.name,  # of a network that was not transferred
-            **checkpoint.lineage,
-            "evaluated_on": data_config.name,
-            "attack": None if attack is None else config.attack.summary,
-            "top1": natural.top1,
-            "mean_per_class": natural.mean_per_class,
-            "pgd_top1": None if adversarial is None else adversarial.top1,
-            "images": natural.images,
-            **certified,
-            "config_hash": config_hash(config),
-            "checkpoint_sha256": checkpoint.sha256,
-            "rtk": __version__,
-        },
-    )
+    areas = {}
+    if others:
+        areas["ood_auc"] = distributed.from_main(_areas, model, batches, others)
+    numbers = {
+        "attack": None if attack is None else config.attack.summary,
+        "top1": natural.top1,
+        "mean_per_class": natural.mean_per_class,
+        "pgd_top1": None if adversarial is None else adversarial.top1,
+        "images": natural.images,
+        **certified,
+        **areas,
+    }
+    distributed.from_main(write_result, path, config, checkpoint, data_config.name, numbers)
     return path
 
 
-def _images(config: EvaluateConfig, checkpoint: Checkpoint) -> DataConfig:
-    """Return which images to measure on: those that are named, or the network's own."""
-    if config.data.name:
-        return config.data
-    values = checkpoint.meta.get("config", {}).get("data")
-    if values is None:
+def _areas(
+    model: nn.Module, batches: data.Batches, others: dict[str, data.Split]
+) -> dict[str, float]:
+    """Return the ROC-AUC of the confidence against each of the other sets."""
+    size, device = batches.batch_size, batches.device
+    inside = confidences(model, batches)
+    return {
+        name: roc_auc(inside, confidences(model, data.Batches(split, size, device=device)))
+        for name, split in others.items()
+    }
+
+
+def _other_sets(
+    config: EvaluateConfig, inside: DataConfig, dataset: data.Dataset
+) -> dict[str, data.Split]:
+    """Return the test images of the sets of `ood`, at the size of those they are told from."""
+    if inside.name in config.ood:
         raise RtkError(
-            f"checkpoint {checkpoint.path} does not say what it was trained on; "
-            "name the images with --data.name"
+            f"ood: {inside.name} is the set that is evaluated on, and nothing tells it from "
+            "itself; name others"
         )
-    own = from_dict(DataConfig, values)
-    return dataclasses.replace(
-        own,
-        root=config.data.root or own.root,
-        image_size=config.data.image_size or own.image_size,
-    )
+    like = dataclasses.replace(inside, image_size=dataset.image_size)
+    return {name: data.load(dataclasses.replace(like, name=name)).test for name in config.ood}
 
 
 __all__ = [
     "RESULT",
     "Accuracy",
+    "ConfusionMatrix",
+    "Extractor",
+    "Gaussian",
+    "Moments",
     "Smoothed",
     "accuracy",
     "certified_radius",
     "certify_split",
+    "confidences",
+    "frechet_distance",
     "lower_bound",
+    "roc_auc",
     "run",
+    "statistics_of",
 ]

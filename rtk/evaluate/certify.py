@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from rtk import ops
+from rtk import distributed, ops
 from rtk.attacks.gradient import frozen_view
 from rtk.attacks.seeds import draw_seed
 from rtk.config import CertifyConfig
@@ -158,22 +158,26 @@ def certify_split(
     smoothed = Smoothed(model, config.sigma, config.batch_size)
     total = len(split)
     count = total if config.images is None else min(config.images, total)
-    indices = [i * total // count for i in range(count)]
-    right: list[float] = []  # the radii of those that are classified right
-    abstained = 0
-    for index in tqdm(indices, desc="certify", leave=False, disable=not sys.stderr.isatty()):
-        x = split.images[index].to(device).float() / 255
+    images = split.sample(count)
+    # Of each image whether it is right, its radius where it is, whether there was an answer.
+    found = torch.zeros(count, 3, dtype=torch.float64)
+    own_share = range(distributed.rank(), count, distributed.world_size())
+    quiet = not (sys.stderr.isatty() and distributed.is_main())
+    for i in tqdm(own_share, desc="certify", leave=False, disable=quiet):
+        index = i * total // count  # as `sample` chooses
+        x = images[i].to(device).float() / 255
         label = int(split.labels[index])
         own = (seed + index * 0x9E3779B97F4A7C15) % 2**63  # streams of neighbours far apart
         winner, radius = smoothed.certify(x, config.n0, config.n, config.alpha, seed=own)
-        abstained += winner == ABSTAIN
-        if winner == label:
-            right.append(radius)
+        right_here = winner == label
+        found[i] = torch.tensor([right_here, radius * right_here, winner == ABSTAIN])
+    found = distributed.summed(found)
+    right = found[found[:, 0] > 0, 1].tolist()
     settings = dataclasses.asdict(config)
     return {
         **{name: settings[name] for name in ("sigma", "n0", "n", "alpha")},
         "images": count,
-        "abstained": abstained / count,
+        "abstained": found[:, 2].sum().item() / count,
         "accuracy": len(right) / count,
         "mean_radius": sum(right) / count,
         "radii": list(config.radii),
