@@ -1,6 +1,21 @@
 """Recipes: experiments as functions that return complete configurations."""
 
 from rtk.recipes.demo import demo
+from rtk.recipes.figures import FIGURES
 from rtk.recipes.recipe import STAGES, Recipe, run, run_stage
+from rtk.recipes.reproduce import list_figures, reproduce, summary
+from rtk.recipes.scale import SCALES, Scale
 
-__all__ = ["STAGES", "Recipe", "demo", "run", "run_stage"]
+__all__ = [
+    "FIGURES",
+    "SCALES",
+    "STAGES",
+    "Recipe",
+    "Scale",
+    "demo",
+    "list_figures",
+    "reproduce",
+    "run",
+    "run_stage",
+    "summary",
+]

@@ -90,7 +90,7 @@ def _schedule(
     while pending or busy:
         try:
             for connection in workers:
-                ready = next((s for s in pending if not unmade & set(_inputs(s))), None)
+                ready = next((s for s in pending if not unmade & set(inputs(s))), None)
                 if ready is not None and connection not in busy:
                     pending.remove(ready)
                     started(ready)
@@ -117,10 +117,10 @@ def _schedule(
         raise failure
 
 
-def _inputs(stage: StageConfig) -> list[str]:
-    """Return the folders that a stage reads, and those of the files that it reads."""
-    paths = [getattr(stage, name, None) for name in ("checkpoint", "ticket")]
-    return [folder for path in paths if path for folder in (path, str(Path(path).parent))]
+def inputs(stage: StageConfig) -> list[str]:
+    """Return what a stage reads, and the folders that lies in: runs/x of runs/x/rounds/05."""
+    paths = [getattr(stage, name, None) for name in ("checkpoint", "ticket", "features")]
+    return [str(folder) for path in paths if path for folder in (path, *Path(path).parents)]
 
 
 def _worker(runner: Runner, work: Connection, alive: Connection, log: Path) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtk import draw, evaluate, pretrain, report, transfer
-from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, StageConfig, TransferConfig
+from rtk import advise, convert, distributed, draw, evaluate, pretrain, report, transfer
+from rtk.config import (
+    AdviseConfig,
+    ConvertConfig,
+    DrawConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    StageConfig,
+    TransferConfig,
+)
 from rtk.errors import RtkError
+from rtk.recipes.done import pending
 from rtk.recipes.processes import run_in_processes
 
 STAGES: dict[type[StageConfig], Callable[[Any], Path]] = {
@@ -19,6 +27,8 @@ STAGES: dict[type[StageConfig], Callable[[Any], Path]] = {
     DrawConfig: draw.run,
     TransferConfig: transfer.run,
     EvaluateConfig: evaluate.run,
+    ConvertConfig: convert.run,
+    AdviseConfig: advise.run,
 }
 
 
@@ -31,12 +41,15 @@ class Recipe:
         note: what a reader of the numbers must know, in a sentence.
         folder: everything the recipe makes lands in it.
         stages: complete configurations in an order in which each finds what it reads.
+        finish: what is made of the results, and returns the page's path; by default the report of
+            the whole folder.
     """
 
     title: str
     note: str
     folder: Path
     stages: tuple[StageConfig, ...]
+    finish: Callable[[Recipe], Path] | None = None
 
 
 def run_stage(stage: StageConfig) -> Path:
@@ -45,7 +58,7 @@ def run_stage(stage: StageConfig) -> Path:
 
 
 def run(recipe: Recipe, jobs: int = 1) -> Path:
-    """Run the stages that are not done yet, write the report and return report.html's path.
+    """Run the stages that are not done yet, write the report and return its path.
 
     Stopped anywhere, even by SIGKILL, the same call goes on and ends in the same numbers.
 
@@ -55,25 +68,33 @@ def run(recipe: Recipe, jobs: int = 1) -> Path:
             print is in the folder's log.txt.
 
     Raises:
-        RtkError: from a stage, or for less than one job.
+        RtkError: from a stage, for less than one job, or under torchrun.
         Interrupted: on Ctrl-C.
     """
     if jobs < 1:
         raise RtkError(f"jobs: expected at least 1 stage at a time, got {jobs}")
-    count = itertools.count(1)
+    if distributed.launched():
+        raise RtkError(
+            "a recipe has many stages, each of which torchrun can run in several processes; start "
+            "the recipe without torchrun, or its large stages one by one with it"
+        )
+    todo = pending(recipe.stages)
+    number = {stage.out: i for i, stage in enumerate(recipe.stages, 1)}
 
     def started(stage: StageConfig) -> None:
-        print(
-            f"[{next(count)}/{len(recipe.stages)}] {Path(stage.out).relative_to(recipe.folder)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        name = Path(stage.out).relative_to(recipe.folder)
+        print(f"[{number[stage.out]}/{len(number)}] {name}", file=sys.stderr, flush=True)
 
+    if len(todo) < len(recipe.stages):
+        done = len(recipe.stages) - len(todo)
+        print(f"{done} of {len(recipe.stages)} stages are done", file=sys.stderr, flush=True)
     if jobs == 1:
-        for stage in recipe.stages:
+        for stage in todo:
             started(stage)
             run_stage(stage)
-    else:
+    elif todo:
         log = recipe.folder / "log.txt"
-        run_in_processes(recipe.stages, run_stage, jobs, log=log, started=started)
+        run_in_processes(todo, run_stage, jobs, log=log, started=started)
+    if recipe.finish is not None:
+        return recipe.finish(recipe)
     return report.write_report(recipe.folder, note=recipe.note, title=recipe.title)

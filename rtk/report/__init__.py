@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rtk.report.figure import Figure, FigureData, Line
+from rtk.report.figure_page import write_figure, write_gallery
 from rtk.report.page import render_page
 from rtk.report.plots import write_plots
-from rtk.report.results import read_results, to_csv
+from rtk.report.results import read_results, read_runs, to_csv
 from rtk.report.study import Study
 from rtk.report.table import build_table
 from rtk.report.terminal import format_table
 from rtk.runs import atomic_write
 
-__all__ = ["Study", "print_table", "read_results", "write_report"]
+__all__ = [
+    "Figure",
+    "FigureData",
+    "Line",
+    "Study",
+    "print_table",
+    "read_results",
+    "read_runs",
+    "write_figure",
+    "write_gallery",
+    "write_report",
+]
 
 
 def write_report(

@@ -41,7 +41,7 @@ def draw_panel(
         axes: to draw into.
         study: has the numbers.
         panel: which of them.
-        metric: "top1" or "pgd_top1".
+        metric: one of `study.metrics`.
         inches: width of the axes, for the labels that fit.
         small: one of many in a figure, so with less in it.
     """
@@ -49,7 +49,12 @@ def draw_panel(
     for style, settings in zip(itertools.cycle(STYLES), series.values(), strict=False):
         for variant in study.variants:
             _draw_series(axes, study, settings, variant, metric, style, small)
-    _set_ticks(axes, sorted({s.sparsity for line in series.values() for s in line}), inches)
+    set_sparsity_ticks(axes, sorted({s.sparsity for line in series.values() for s in line}), inches)
+    style_axes(axes)
+
+
+def style_axes(axes: Axes) -> None:
+    """Give axes a light grid, two spines and small grey ticks."""
     axes.grid(color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=3, color=GREY, labelcolor=INK, labelsize=SIZE - 1)
@@ -94,7 +99,7 @@ def _draw_series(
         axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0, zorder=1)
 
 
-def _set_ticks(axes: Axes, sparsities: list[float], inches: float) -> None:
+def set_sparsity_ticks(axes: Axes, sparsities: list[float], inches: float) -> None:
     """Label the sparsities that occur, as far as the labels do not touch; a small tick else."""
     where = {sparsity: sparsity_position(sparsity) for sparsity in sparsities}
     left, right = where[sparsities[0]], where[sparsities[-1]]

@@ -12,7 +12,7 @@ import matplotlib
 import numpy
 
 from rtk.report.plots import Plot
-from rtk.report.results import Result
+from rtk.report.results import MIOU, Result
 from rtk.report.study import Study
 from rtk.report.summary import facts, findings, warnings
 from rtk.report.table import Column, build_table, percent
@@ -39,7 +39,9 @@ def _accuracy(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f}"
 
 
-def _run_row(result: Result) -> list[str]:
+def run_row(result: Result) -> list[str]:
+    """Return the cells of a result under RUN_COLUMNS."""
+
     def text(value: object) -> str:
         return "" if value is None else str(value)
 
@@ -56,6 +58,7 @@ def _run_row(result: Result) -> list[str]:
         _accuracy(result.top1),
         _accuracy(result.mean_per_class),
         _accuracy(result.pgd_top1),
+        _accuracy(result.value(MIOU)),
         text(result.images),
         text(result.config_hash),
         text(result.checkpoint_sha256)[:12],
@@ -75,6 +78,7 @@ RUN_COLUMNS = (
     "top-1 %",
     "mean per class %",
     "PGD top-1 %",
+    "mean IoU %",
     "images",
     "config",
     "checkpoint SHA-256",
@@ -120,6 +124,6 @@ def render_page(study: Study, plots: list[Plot], title: str, note: str = "") -> 
         heads=_heads(table.columns),
         figures=[_image(plot) for plot in single],
         run_columns=RUN_COLUMNS,
-        runs=[_run_row(result) for result in study.results],
+        runs=[run_row(result) for result in study.results],
         versions=_versions(study),
     )

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from rtk.report.axes import INK, SIZE, add_legend, draw_panel, set_limits
-from rtk.report.study import METRICS, Panel, Study
+from rtk.report.results import MIOU, OOD
+from rtk.report.study import Panel, Study, metric_name
 from rtk.report.table import percent
 from rtk.runs import atomic_write
 
@@ -48,11 +49,11 @@ class Plot:
     panel: Panel | None
 
 
-def _caption(study: Study, panels: list[Panel], metric: str, dots: bool) -> str:
-    """Return what the marks mean, and which attack was run if the metric has one."""
+def _caption(study: Study, panels: list[Panel], metrics: list[str], dots: bool) -> str:
+    """Return what the marks mean, and which attack was run if a metric has one."""
     lines = [line for panel in panels for line in study.series(panel).values()]
     settings = [setting for line in lines for setting in line]
-    seeds = {len(study.values(s, v, "top1")) for s in settings for v in study.variants} - {0}
+    seeds = {study.seeds(s, v) for s in settings for v in study.variants} - {0}
     if max(seeds) > 1:
         number = " to ".join(map(str, sorted({min(seeds), max(seeds)})))
         parts = [f"mean over {number} seeds, band ± 1 standard deviation"]
@@ -60,17 +61,18 @@ def _caption(study: Study, panels: list[Panel], metric: str, dots: bool) -> str:
     else:
         parts = ["one seed"]
     attacks = study.distinct("attack")
-    if metric == "pgd_top1" and attacks and "attack" not in study.varying:
+    if "pgd_top1" in metrics and attacks and "attack" not in study.varying:
         parts.append(f"PGD: {attacks[0]}")
     return ", ".join(parts)
 
 
 def _y_label(metric: str) -> str:
-    return f"{METRICS[metric]} accuracy (%)"
+    accuracy = "" if metric == MIOU or metric.startswith(OOD) else " accuracy"
+    return f"{metric_name(metric)}{accuracy} (%)"
 
 
 def accuracy_figure(study: Study, panel: Panel, metric: str) -> Figure:
-    """Return the plot of one metric ("top1" or "pgd_top1") in one panel of `study`."""
+    """Return the plot of one of the `metrics` of `study` in one of its panels."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     draw_panel(axes, study, panel, metric, _WIDTH - 0.8)
@@ -82,22 +84,26 @@ def accuracy_figure(study: Study, panel: Panel, metric: str) -> Figure:
     axes.set_title(
         textwrap.fill(title, 62), loc="left", fontsize=SIZE + 1, fontweight="bold", color=INK
     )
-    add_legend(figure, study, [panel], _caption(study, [panel], metric, dots=True))
+    add_legend(figure, study, [panel], _caption(study, [panel], [metric], dots=True))
     return figure
 
 
-def _strips(panels: list[Panel]) -> list[list[Panel]]:
-    """Return what stands beside each other: a target's panels, or targets that have one each."""
+def _strips(study: Study) -> list[list[Panel]]:
+    """Return what stands beside each other: a target's panels, or targets that have one each.
+
+    Segmentations, which have metrics of their own, are never beside others.
+    """
+    panels = sorted(study.panels, key=lambda panel: study.panel_metrics(panel) == [MIOU])
     by_target = [list(group) for _, group in groupby(panels, key=lambda p: (p.target, p.context))]
     if all(len(group) == 1 for group in by_target):
-        by_target = [panels]
+        by_target = [list(group) for _, group in groupby(panels, key=study.panel_metrics)]
     return [group[i : i + _COLUMNS] for group in by_target for i in range(0, len(group), _COLUMNS)]
 
 
 def overview_figure(study: Study) -> Figure:
     """Return all panels of `study`: rows metric, columns transfer and granularity."""
-    strips = _strips(study.panels)
-    rows = [(strip, metric) for strip in strips for metric in study.metrics]
+    strips = _strips(study)
+    rows = [(strip, metric) for strip in strips for metric in study.panel_metrics(strip[0])]
     columns = max(map(len, strips))
     width, height = max(5.0, 0.7 + 2.9 * columns), 0.9 + 2.3 * len(rows)
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -108,11 +114,12 @@ def overview_figure(study: Study) -> Figure:
     for axes_row, (strip, metric) in zip(grid, rows, strict=True):
         for axes, panel in zip(axes_row, strip, strict=False):
             draw_panel(axes, study, panel, metric, inches, small=True)
-            if metric == study.metrics[0]:
+            metrics = study.panel_metrics(strip[0])
+            if metric == metrics[0]:
                 title = ", ".join(name for name in panel.names if name not in shared)
                 title = textwrap.fill(title, int(inches * 72 / SIZE / 0.6))
                 axes.set_title(title, loc="left", fontsize=SIZE, fontweight="bold", color=INK)
-            if metric == study.metrics[-1]:
+            if metric == metrics[-1]:
                 axes.set_xlabel("sparsity (%)", fontsize=SIZE, color=INK)
         for axes in axes_row[len(strip) :]:
             axes.set_visible(False)
@@ -122,7 +129,7 @@ def overview_figure(study: Study) -> Figure:
         title = textwrap.fill(", ".join(shared), int(width * 10))
         style = {"fontsize": SIZE + 1, "fontweight": "bold", "color": INK}
         figure.suptitle(title, x=0.01, ha="left", **style)
-    caption = _caption(study, study.panels, study.metrics[-1], dots=False)
+    caption = _caption(study, study.panels, study.metrics, dots=False)
     add_legend(figure, study, study.panels, caption)
     return figure
 

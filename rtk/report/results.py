@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from rtk.errors import RtkError
 from rtk.granularity import sort_key
 from rtk.runs import read_json
 
-SCHEMES = ("dense", "omp", "imp", "a-imp", "lmp")
+SCHEMES = ("dense", "omp", "imp", "imp-us", "imp-ds", "a-imp", "a-imp-us", "a-imp-ds", "lmp")
+MIOU = "miou"
+OOD = "ood_auc."  # a metric is this and the name of the other set
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,15 @@ class Result:
         seed: seed of the transfer.
         evaluated_on: the set whose test images these are; None stands for `target`.
         attack: the attack of `pgd_top1`.
-        top1: accuracy on the test images.
+        top1: accuracy on the test images; None of a segmentation, which has `miou` instead.
         mean_per_class: the mean of the classes' accuracies.
         pgd_top1: accuracy under `attack`; None where none was run.
         images: number of test images.
         config_hash: of the evaluation's configuration.
         rtk: the version that evaluated.
         checkpoint_sha256: of the checkpoint that was evaluated.
-        extra: what else result.json holds; columns after the others.
+        extra: what else result.json holds, `ood_auc` by set and `miou` among it; columns after the
+            others.
     """
 
     run: str
@@ -65,7 +69,7 @@ class Result:
     seed: int | None
     evaluated_on: str | None
     attack: str | None
-    top1: float
+    top1: float | None
     mean_per_class: float | None
     pgd_top1: float | None
     images: int | None
@@ -79,6 +83,19 @@ class Result:
         """What repetitions of one setting differ in: (pretraining seed, transfer seed)."""
         return (self.pretrain_seed, self.seed)
 
+    def value(self, metric: str) -> float | None:
+        """Return a metric: a field, miou or `OOD` and a set; None where it has none."""
+        if metric == MIOU:
+            return self.extra.get(MIOU)
+        if metric.startswith(OOD):
+            return self.extra.get("ood_auc", {}).get(metric.removeprefix(OOD))
+        return getattr(self, metric)
+
+    @property
+    def ood_metrics(self) -> list[str]:
+        """The metrics of `ood_auc`."""
+        return [OOD + name for name in self.extra.get("ood_auc", {})]
+
     @property
     def task(self) -> str:
         """The target, and the images of the test where those are others."""
@@ -89,7 +106,7 @@ class Result:
 
 COLUMNS = tuple(f.name for f in dataclasses.fields(Result) if f.name != "extra")
 _REQUIRED = ("pretrain", "target", "top1")
-_FRACTIONS = ("sparsity", "actual_sparsity", "top1", "mean_per_class", "pgd_top1")
+_FRACTIONS = ("sparsity", "actual_sparsity", "top1", "mean_per_class", "pgd_top1", MIOU)
 _COUNTS = ("pretrain_seed", "seed", "images")
 
 
@@ -97,7 +114,7 @@ def _problem(name: str, value: Any) -> str | None:
     """Return what was expected where `value` cannot be column `name`, else None."""
     if value is None:
         return "a value" if name in _REQUIRED else None
-    if name in _FRACTIONS:
+    if name in _FRACTIONS or name.startswith(OOD):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value <= 1:
             return "a fraction in [0, 1]"
@@ -115,7 +132,13 @@ def _parse(values: Any, path: Path, run: str) -> Result:
     if not isinstance(values, dict):
         raise RtkError(f"{path}: expected a JSON object, got {type(values).__name__}; {again}")
     known: dict[str, Any] = {name: values.get(name) for name in COLUMNS} | {"run": run}
-    for name, value in known.items():
+    areas = values.get("ood_auc", {})
+    if not isinstance(areas, dict):
+        raise RtkError(f"{path}: ood_auc: expected areas by set, got {areas!r}; {again}")
+    checked = known | {MIOU: values.get(MIOU)} | {OOD + name: areas[name] for name in areas}
+    if checked[MIOU] is not None and known["top1"] is None:
+        del checked["top1"]
+    for name, value in checked.items():
         expected = _problem(name, value)
         if expected:
             raise RtkError(f"{path}: {name}: expected {expected}, got {value!r}; {again}")
@@ -169,6 +192,16 @@ def read_results(folder: str | Path) -> list[Result]:
         _parse(read_json(path), path, path.parent.relative_to(folder).as_posix()) for path in paths
     ]
     return sorted(results, key=_order)
+
+
+def read_runs(folder: str | Path, runs: Iterable[str]) -> list[Result]:
+    """Return the results of some of the runs under `folder`, in the order in which they are named.
+
+    Raises RtkError where one has no result, or one that cannot be used.
+    """
+    folder = Path(folder)
+    paths = {run: folder / run / "result.json" for run in runs}
+    return [_parse(read_json(path), path, run) for run, path in paths.items()]
 
 
 def _cell(value: Any) -> str:

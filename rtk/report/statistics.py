@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -65,3 +66,56 @@ def paired_difference(ours: Mapping[K, float], theirs: Mapping[K, float]) -> Est
     std = sample_std(differences)
     error = None if std is None else std / math.sqrt(len(differences))
     return Estimate(mean(differences), error, len(differences))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Ours against theirs over the seeds that both have.
+
+    Args:
+        difference: mean of ours - theirs; its spread is the standard error.
+        t: two-sided p-value of the paired t-test; None where it has none: a single pair, or
+            differences that are all the same.
+        wilcoxon: of the signed-rank test, likewise, which assumes no normal distribution. Below
+            six pairs it cannot fall under 0.05.
+    """
+
+    difference: Estimate
+    t: float | None
+    wilcoxon: float | None
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return self.difference.n
+
+
+def paired_test(ours: Mapping[K, float], theirs: Mapping[K, float]) -> PairedTest | None:
+    """Return the paired difference with scipy's tests of it, or None where no seed is in both.
+
+    Pairs that share a pretrained network are not independent, which makes a p-value too small.
+    """
+    difference = paired_difference(ours, theirs)
+    if difference is None:
+        return None
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    if len({a - b for a, b in pairs}) < 2:
+        return PairedTest(difference, None, None)
+    from scipy import stats  # costs half a second
+
+    first, second = (list(side) for side in zip(*pairs, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of precision, where differences are nearly the same
+        t = float(stats.ttest_rel(first, second).pvalue)
+        rank = float(stats.wilcoxon(first, second).pvalue)
+    return PairedTest(difference, *(p if math.isfinite(p) else None for p in (t, rank)))
+
+
+def rank_correlation(x: list[float], y: list[float]) -> tuple[float, float] | None:
+    """Return Spearman's coefficient and its p-value; None for fewer than three or equal values."""
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    from scipy import stats
+
+    found = stats.spearmanr(x, y)
+    return float(found.statistic), float(found.pvalue)

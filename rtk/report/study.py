@@ -10,10 +10,11 @@ from typing import Any
 
 from rtk.config import TRANSFER_MODES
 from rtk.granularity import sort_key
-from rtk.report.results import SCHEMES, Result, rank
+from rtk.report.results import MIOU, OOD, SCHEMES, Result, rank
 from rtk.report.statistics import Estimate, mean, paired_difference, summarize
 
-METRICS = {"top1": "top-1", "pgd_top1": "PGD top-1"}
+# And OOD + the name of any other set.
+METRICS = {"top1": "top-1", "pgd_top1": "PGD top-1", MIOU: "mean IoU"}
 
 # Results that differ in one of these are never averaged. Where all agree it is not shown either.
 _CONTEXT = ("arch", "source", "attack")
@@ -24,6 +25,13 @@ _ORDER: dict[str, Callable[[str], Any]] = {
 }
 
 Replicate = tuple[int | None, int | None]
+
+
+def metric_name(metric: str) -> str:
+    """Return what a metric is called: top-1, PGD top-1, OoD AUC svhn."""
+    if metric.startswith(OOD):
+        return f"OoD AUC {metric.removeprefix(OOD)}"
+    return METRICS[metric]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ class Study:
         self.variants = list(dict.fromkeys(name for _, name in pretrained))
         naturals = [name for robust, name in pretrained if not robust]
         self.baseline = "natural" if "natural" in naturals else next(iter(naturals), None)
-        self.metrics = [m for m in METRICS if any(getattr(r, m) is not None for r in results)]
+        self.metrics = [m for m in METRICS if any(r.value(m) is not None for r in results)]
+        self.metrics += sorted({metric for result in results for metric in result.ood_metrics})
         self.varying = [name for name in _CONTEXT if len(self.distinct(name)) > 1]
 
     def distinct(self, name: str) -> list[Any]:
@@ -120,10 +129,25 @@ class Study:
         """Return seed -> value; several results of one seed (see `duplicates`) are averaged."""
         found: dict[Replicate, list[float]] = defaultdict(list)
         for result in self.groups[setting]:
-            value = getattr(result, metric)
+            value = result.value(metric)
             if result.pretrain == variant and value is not None:
                 found[result.replicate].append(value)
         return {seed: mean(values) for seed, values in found.items()}
+
+    def metrics_of(self, setting: Setting) -> list[str]:
+        """Return the metrics that one may expect: mean IoU of a segmentation, else the others."""
+        segmented = all(result.top1 is None for result in self.groups[setting])
+        return [metric for metric in self.metrics if (metric == MIOU) == segmented]
+
+    def panel_metrics(self, panel: Panel) -> list[str]:
+        """Return `metrics_of` the settings of a panel."""
+        settings = [setting for line in self.series(panel).values() for setting in line]
+        found = {metric for setting in settings for metric in self.metrics_of(setting)}
+        return [metric for metric in self.metrics if metric in found]
+
+    def seeds(self, setting: Setting, variant: str) -> int:
+        """Return how many repetitions there are."""
+        return len({r.replicate for r in self.groups[setting] if r.pretrain == variant})
 
     def estimate(self, setting: Setting, variant: str, metric: str) -> Estimate | None:
         """Return mean and sample standard deviation over the seeds."""

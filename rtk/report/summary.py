@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rtk.report.study import Study
+from rtk.report.study import Study, metric_name
 from rtk.report.table import percent
-
-_CAPITAL = {"top1": "Top-1", "pgd_top1": "PGD top-1"}
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -104,9 +102,10 @@ def findings(study: Study) -> list[str]:
                 continue
             ahead = sum(pair.mean > 0 for pair in pairs)
             behind = sum(pair.mean < 0 for pair in pairs)
+            name = metric_name(metric)
             text = (
-                f"{_CAPITAL[metric]}: {variant} is ahead of {study.baseline} in {ahead} of "
-                f"{_many(len(pairs), 'setting')} and behind in {behind}; "
+                f"{name[0].upper()}{name[1:]}: {variant} is ahead of {study.baseline} in "
+                f"{ahead} of {_many(len(pairs), 'setting')} and behind in {behind}; "
                 f"the difference {_range([100 * pair.mean for pair in pairs])} points"
             )
             known = [(pair.mean, pair.spread) for pair in pairs if pair.spread is not None]
@@ -118,7 +117,11 @@ def findings(study: Study) -> list[str]:
                     f"{sum(mean < 0 for mean in clear)} behind)"
                 )
             sentences.append(text + ".")
-    errors = [study.difference(s, v, "top1") for s in settings for v in study.variants]
+    errors = [
+        study.difference(setting, variant, study.metrics_of(setting)[0])
+        for setting in settings
+        for variant in study.variants
+    ]
     counts = [error.n for error in errors if error]
     if counts and max(counts) == 1:
         sentences.append("With one pair each there is no spread: a difference may be chance.")
@@ -143,7 +146,7 @@ def warnings(study: Study) -> list[str]:
         seeds = [
             set(study.values(setting, variant, metric))
             for variant in study.variants
-            for metric in study.metrics
+            for metric in study.metrics_of(setting)
         ]
         if any(found != seeds[0] for found in seeds):
             gaps.append(f"{', '.join(setting.panel.names)} at {percent(setting.sparsity)}")

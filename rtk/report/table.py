@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from rtk.report.results import OOD
 from rtk.report.statistics import Estimate
-from rtk.report.study import METRICS, Setting, Study
+from rtk.report.study import Setting, Study, metric_name
 
 _LONGEST_HEADER = 16
 
@@ -87,7 +88,7 @@ def _cell(estimate: Estimate | None, sign: str = "") -> Cell:
 
 def _seeds(study: Study, setting: Setting) -> str:
     """Return the number of seeds; per variant, as in 3/2, where they differ."""
-    counts = [len(study.values(setting, variant, "top1")) for variant in study.variants]
+    counts = [study.seeds(setting, variant) for variant in study.variants]
     return str(counts[0]) if len(set(counts)) == 1 else "/".join(map(str, counts))
 
 
@@ -106,6 +107,8 @@ def _notes(study: Study, rows: list[Row]) -> list[str]:
     if "pgd_top1" in study.metrics:
         attacks = study.distinct("attack")
         notes.append(f"PGD: {' or '.join(attacks) if attacks else 'attack not recorded'}.")
+    if any(metric.startswith(OOD) for metric in study.metrics):
+        notes.append("OoD AUC: ROC-AUC of the confidence, test images against those of that set.")
     if not repeated:
         notes.append("One seed: no spread can be given.")
     return notes
@@ -124,9 +127,10 @@ def build_table(study: Study) -> Table:
     columns = []
     for metric in study.metrics:
         for i, variant in enumerate(study.variants):
-            columns.append(Column(f"{METRICS[metric]} %", names[i], i))
+            heading = f"{metric_name(metric)} %"
+            columns.append(Column(heading, names[i], i))
             if study.baseline and variant != study.baseline:
-                columns.append(Column(f"{METRICS[metric]} %", "difference", i, is_difference=True))
+                columns.append(Column(heading, "difference", i, is_difference=True))
 
     def row(setting: Setting) -> Row:
         cells = []

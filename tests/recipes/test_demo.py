@@ -2,8 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from rtk import draw, evaluate, pretrain, recipes, transfer
-from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, TransferConfig
+from rtk import advise, convert, draw, evaluate, pretrain, recipes, transfer
+from rtk.config import (
+    AdviseConfig,
+    ConvertConfig,
+    DrawConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    TransferConfig,
+)
 from rtk.errors import RtkError
 from rtk.recipes.demo import SPARSITIES
 
@@ -69,4 +76,6 @@ def test_each_configuration_has_its_stage():
         DrawConfig: draw.run,
         TransferConfig: transfer.run,
         EvaluateConfig: evaluate.run,
+        ConvertConfig: convert.run,
+        AdviseConfig: advise.run,
     } == recipes.STAGES

@@ -8,7 +8,13 @@ from multiprocessing import Pipe
 import pytest
 
 from rtk import recipes
-from rtk.config import DrawConfig, EvaluateConfig, PretrainConfig, TransferConfig
+from rtk.config import (
+    AdviseConfig,
+    DrawConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    TransferConfig,
+)
 from rtk.errors import Interrupted, RtkError
 from rtk.recipes import Recipe
 from rtk.recipes.processes import _attempt, _schedule
@@ -74,6 +80,29 @@ def test_a_stage_begins_when_what_it_reads_is_made(count):
     steps = itertools.accumulate(1 if what == "begin" else -1 for what, _ in workers.events)
     assert max(steps) == min(count, 2)  # the recipe is two stages wide
     assert not workers.terminated.is_set()
+
+
+def test_a_ticket_inside_a_folder_waits_for_what_makes_the_folder():
+    rounds = (
+        PretrainConfig(out="net"),
+        DrawConfig(out="runs/imp", checkpoint="net"),
+        TransferConfig(out="t", checkpoint="net", ticket="runs/imp/rounds/05"),
+    )
+    workers = Workers(3, lambda stage: time.sleep(0.01))
+    workers.run(rounds)
+    assert [event for event in workers.events if "net" not in event] == [
+        ("begin", "runs/imp"),
+        ("end", "runs/imp"),
+        ("begin", "t"),
+        ("end", "t"),
+    ]
+
+
+def test_distances_in_a_networks_features_wait_for_the_network():
+    stages = (PretrainConfig(out="net"), AdviseConfig(out="advice", features="net"))
+    workers = Workers(2, lambda stage: time.sleep(0.01))
+    workers.run(stages)
+    assert workers.events[1:3] == [("end", "net"), ("begin", "advice")]
 
 
 def test_one_worker_keeps_the_order_of_the_recipe():
