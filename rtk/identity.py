@@ -10,12 +10,18 @@ from typing import Any, TypeVar
 
 import yaml
 
-from rtk.config import StageConfig
+from rtk import distributed
+from rtk.config import SegmentConfig, StageConfig
 from rtk.errors import RtkError, did_you_mean
 from rtk.runs import atomic_write, lock_folder
 
 # Settings that say where or how a run is executed, not what it computes: not part of its identity.
 _NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds", "graph"}
+_NOT_IDENTITY |= {"workers", "download", "trust"}
+# Settings younger than some runs: at these values they leave a run what it was without them.
+_LATER = {"storage": "auto", "skip_bad": False, "ood": []}
+_LATER |= dict.fromkeys(("task", "rounds", "rate"))
+_LATER["segment"] = dataclasses.asdict(SegmentConfig())
 
 C = TypeVar("C")
 
@@ -33,6 +39,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Build a `cls` from the dicts that `to_dict` gives; unknown keys raise an RtkError."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    depending = cls.defaults_for(values) if issubclass(cls, StageConfig) else {}
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
@@ -41,22 +48,27 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         if default is not dataclasses.MISSING:
             if not isinstance(value, dict):
                 raise RtkError(f"{name}: expected settings by name, got {value!r}")
-            stages_own = default()
+            stages_own = depending.get(name) or default()
             value = from_dict(type(stages_own), {**to_dict(stages_own), **value})
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
-    return {
+    kept = {
         name: _identity(value) if isinstance(value, dict) else value
         for name, value in values.items()
-        if name not in _NOT_IDENTITY
+        if name not in _NOT_IDENTITY and not (name in _LATER and value == _LATER[name])
     }
+    # Of a draw the attack is younger: without one it is what it was when there was none.
+    attack = kept.get("attack")
+    if "scheme" in kept and isinstance(attack, dict) and attack.get("name") == "none":
+        del kept["attack"]
+    return kept
 
 
-def config_hash(config: StageConfig) -> str:
-    """Return 12 hexadecimal digits of the SHA-256 over what the run computes.
+def config_hash(config: Any) -> str:
+    """Return 12 hexadecimal digits of the SHA-256 over what a run, or a section, computes.
 
     Where it runs (out, device, resume, checkpoint interval) does not count.
     """
@@ -97,8 +109,13 @@ def claim_folder(config: StageConfig) -> Path:
     """Make `config.out` this run's folder: write config.yaml, or check the one that is there.
 
     Without `resume` the folder is taken over: the stage makes everything anew. Raises RtkError
-    where it holds a run with other settings, naming them, or another process works in it.
+    where it holds a run with other settings, naming them, or another process works in it. Of
+    processes that work together the main one claims it.
     """
+    return distributed.from_main(_claim, config)
+
+
+def _claim(config: StageConfig) -> Path:
     folder = Path(config.out)
     lock_folder(folder)
     path = folder / "config.yaml"

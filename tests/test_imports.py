@@ -23,14 +23,18 @@ LEAVES = {
     "identity",
     "artifact",
     "cuda_graph",
+    "distributed",
 }
-STAGES = {"pretrain", "draw", "transfer", "evaluate", "report"}
+STAGES = {"pretrain", "draw", "transfer", "evaluate", "report", "convert"}
 ALLOWED = {
     "__main__": {"cli"},
-    "cli": {"recipes", "report", "doctor", "layers_report"},
+    "cli": {"recipes", "report", "doctor", "layers_report", "advise", "data", "export"},
+    "advise": {"evaluate", "train"},
     "doctor": {"ops"},
+    "export": {"train", "models", "nn", "ticket", "ops"},
+    "convert": {"train", "models", "nn", "ticket", "ops"},
     "layers_report": {"train", "models", "nn", "ticket", "ops"},
-    "recipes": STAGES,
+    "recipes": STAGES | {"advise"},
     "pretrain": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
     "draw": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
     "transfer": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
