@@ -3,7 +3,7 @@
 //   small   a block holds it in registers
 //   large   many blocks take their parts of it through shared memory (pgd_step_ring.h)
 //   other   a cluster of blocks reads it twice: where pixels cannot be taken four at a time or copied in
-//           pieces of 16, and on GPUs without the means of the large one
+//           pieces of 16, with rare combinations of types, and on GPUs without the means of the large one
 //
 // The first two read every tensor once.
 
@@ -69,22 +69,52 @@ __global__ void __launch_bounds__(kSmallThreads) pgd_step_l2_small(const __grid_
   for_each([&](const Pixels& pixels, int at) { out[at] = updated(pixels, update, p.clip_min, p.clip_max); });
 }
 
-// A cluster takes one image, and reads it again where the other kernel has it in shared memory.
-template <class A, class G, class X, int kCount>
+// kCount neighbouring pixels as fp32, of the type that `dtype` says.
+template <int kCount>
+__device__ Pack<float, kCount> load(const void* from, DType dtype, int64_t i) {
+  float pixels[kCount];
+  const auto convert = [&](const auto pack) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) pixels[j] = pack[j];
+  };
+  switch (dtype) {
+    case DType::bf16: convert(static_cast<const Pack<__nv_bfloat16, kCount>*>(from)[i]); break;
+    case DType::f16: convert(static_cast<const Pack<__half, kCount>*>(from)[i]); break;
+    case DType::u8: convert(static_cast<const Pack<uint8_t, kCount>*>(from)[i]); break;
+    default: return static_cast<const Pack<float, kCount>*>(from)[i];
+  }
+  Pack<float, kCount> result;
+  result.set(pixels);
+  return result;
+}
+
+template <int kCount>
+__device__ void store(void* to, DType dtype, int64_t i, const Pack<float, kCount>& pack) {
+  if (dtype == DType::f32) {
+    static_cast<Pack<float, kCount>*>(to)[i] = pack;
+    return;
+  }
+  float pixels[kCount];
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) pixels[j] = pack[j];
+  Pack<__nv_bfloat16, kCount> narrow;
+  narrow.set(pixels);
+  static_cast<Pack<__nv_bfloat16, kCount>*>(to)[i] = narrow;
+}
+
+// A cluster takes one image, and reads it again where the others hold it. One kernel for all types.
+template <int kCount>
 __global__ void __launch_bounds__(kTwiceThreads)
     pgd_step_l2_twice(const __grid_constant__ PgdStep p, int ranks, int64_t part) {
-  using Read = Unit<A, G, X, kCount>;
-  using As = decltype(Read::x_adv);
   __shared__ Meetings meetings;
-
   const int64_t image = blockIdx.x / ranks, rank = blockIdx.x % ranks;
   const int64_t units = p.chw / kCount, first = rank * part, offset = image * units + first;
   const int64_t count = min(part, units - first);  // negative: the last ranks of a small image idle
-  const As* x_adv = static_cast<const As*>(p.x_adv) + offset;
-  const auto* grad = static_cast<const decltype(Read::grad)*>(p.grad) + offset;
-  const auto* x = static_cast<const decltype(Read::x)*>(p.x) + offset;
-  As* out = static_cast<As*>(p.out) + offset;
-  const auto read = [&](int64_t i) { return Read{x_adv[i], grad[i], x[i]}; };
+  const auto read = [&](int64_t i) {
+    return Unit<float, float, float, kCount>{load<kCount>(p.x_adv, p.x_adv_dtype, offset + i),
+                                             load<kCount>(p.grad, p.grad_dtype, offset + i),
+                                             load<kCount>(p.x, p.x_dtype, offset + i)};
+  };
 
   open(meetings);
   float products[3] = {};
@@ -99,7 +129,7 @@ __global__ void __launch_bounds__(kTwiceThreads)
   });
 #pragma unroll 2
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    out[i] = updated(read(i), update, p.clip_min, p.clip_max);
+    store(p.out, p.x_adv_dtype, offset + i, updated(read(i), update, p.clip_min, p.clip_max));
   }
 }
 
@@ -120,7 +150,7 @@ bool has_clusters(Kernel kernel, int device) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class A, class G, class X, int kWidth>
+template <int kWidth>
 bool is_small(const PgdStep& p) {
   return p.chw <= kWidth * kSmallUnits * kSmallThreads;
 }
@@ -131,9 +161,9 @@ void launch_small(const PgdStep& p, cudaStream_t stream) {
   launch("pgd_step", pgd_step_l2_small<A, G, X, kWidth>, p.n, static_cast<int>(threads), 0, stream, p);
 }
 
-template <class A, class G, class X, int kWidth>
+template <int kWidth>
 void launch_twice(const PgdStep& p, int device, cudaStream_t stream) {
-  const auto kernel = pgd_step_l2_twice<A, G, X, kWidth>;
+  const auto kernel = pgd_step_l2_twice<kWidth>;
   const int ranks = has_clusters(kernel, device) ? kMostRanks : 1;
   const int64_t part = ceil_div(p.chw / kWidth, ranks);
   launch_clusters("pgd_step", kernel, p.n * ranks, ranks, kTwiceThreads, 0, stream, p, ranks, part);
@@ -203,23 +233,16 @@ void launch_ring(const PgdStep& p, const Ring& ring, cudaStream_t stream) {
                      shared, stream, p, ring, static_cast<Letter*>(p.workspace));
 }
 
-// With `bytes` nothing runs: it is told how large a workspace the step needs.
-template <class A, class G, class X, int kWidth>
-void launch_once(const PgdStep& p, int device, cudaStream_t stream, size_t* bytes) {
-  if (is_small<A, G, X, kWidth>(p)) {
-    if (!bytes) launch_small<A, G, X, kWidth>(p, stream);
-    return;
-  }
-  const Ring& ring = p.chw % kCopyPixels ? Ring{} : ring_for<A, G, X, kWidth>(p.n, p.chw, device);
-  if (bytes) {
-    *bytes = workspace_bytes(ring);
-  } else if (ring.ranks) {
-    launch_ring<A, G, X, kWidth>(p, ring, stream);
-  } else {
-    launch_twice<A, G, X, kWidth>(p, device, stream);
-  }
-}
+// Whether the kernels that read once exist for these types: a step in fp32 has its origin in fp32 or uint8, one
+// in bf16 has no gradient in fp32. Other combinations are read twice, which spares half of the compilation.
+template <class A, class G, class X>
+constexpr bool kOnce = sizeof(A) == 4 ? sizeof(X) != 2 : sizeof(G) < 4;
 
+// Pixels of 16 bytes in the widest tensor.
+template <class A, class G, class X>
+constexpr int kWidest = sizeof(A) < 4 && sizeof(G) < 4 && sizeof(X) < 4 ? 8 : 4;
+
+// With `bytes` nothing runs: it is told how large a workspace the step needs.
 template <class A, class G, class X>
 void l2(const PgdStep& p, int device, cudaStream_t stream, size_t* bytes) {
   const auto fits = [&p](int width) {
@@ -230,12 +253,25 @@ void l2(const PgdStep& p, int device, cudaStream_t stream, size_t* bytes) {
     return p.chw % width == 0 && aligned(p.x_adv, sizeof(A)) && aligned(p.out, sizeof(A)) &&
            aligned(p.grad, sizeof(G)) && aligned(p.x, sizeof(X));
   };
-  // 16 bytes at once from the widest tensor.
-  if constexpr (sizeof(A) < 4 && sizeof(G) < 4 && sizeof(X) < 4) {
-    if (fits(8)) return launch_once<A, G, X, 8>(p, device, stream, bytes);
+  if constexpr (kOnce<A, G, X>) {
+    constexpr int kWidth = kWidest<A, G, X>;
+    if (fits(kWidth) && is_small<kWidth>(p)) {
+      if (!bytes) launch_small<A, G, X, kWidth>(p, stream);
+      return;
+    }
+    if (fits(kWidth) && p.chw % kCopyPixels == 0) {
+      const Ring& ring = ring_for<A, G, X, kWidth>(p.n, p.chw, device);
+      if (bytes) {
+        *bytes = workspace_bytes(ring);
+      } else if (ring.ranks) {
+        launch_ring<A, G, X, kWidth>(p, ring, stream);
+      }
+      if (ring.ranks) return;
+    }
   }
-  if (fits(4)) return launch_once<A, G, X, 4>(p, device, stream, bytes);
-  if (!bytes) launch_twice<A, G, X, 1>(p, device, stream);
+  if (bytes) return;
+  if (fits(4)) return launch_twice<4>(p, device, stream);
+  launch_twice<1>(p, device, stream);
 }
 
 template <class A, class G>
