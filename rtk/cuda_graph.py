@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import gc
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -69,7 +71,6 @@ class Graphed(abc.ABC):
         self._captures = 0
         self._seen: dict[tuple[object, ...], int] = {}
         self._state: list[object] = []
-        self._stream: torch.cuda.Stream | None = None
         if why_not is not None and graph is not False:
             self._give_up(why_not)
 
@@ -153,19 +154,18 @@ class Graphed(abc.ABC):
     ) -> Tensor:
         # On the stream of the capture, as what a library sets up may belong to a stream.
         current = torch.cuda.current_stream(inputs[0].device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(inputs[0].device)
-        self._stream.wait_stream(current)
+        stream = _side_stream(inputs[0].device)
+        stream.wait_stream(current)
         synchronises = [False]
         try:
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 if seen < WARM_UP:
                     result = self.eager(*inputs)
                 else:  # a capture that waits breaks off: found here, it leaves nothing to clean up
                     with _synchronisations() as synchronises:
                         result = self.rehearse(*inputs)
         finally:
-            current.wait_stream(self._stream)
+            current.wait_stream(stream)
         self._seen[signature] = seen
         self._state = self.state()  # the work itself may have changed it: an optimiser's first step
         if synchronises[0]:
@@ -174,7 +174,7 @@ class Graphed(abc.ABC):
 
     def _capture(self, inputs: tuple[Tensor, ...], signature: tuple[object, ...]) -> _Captured:
         """Capture `recorded`, or raise CannotCapture and leave everything as it was."""
-        device, stream = inputs[0].device, self._stream
+        device, stream = inputs[0].device, _side_stream(inputs[0].device)
         torch.cuda.synchronize(device)
         self._captured = None  # its memory is for the new one
         static = tuple(torch.empty_like(t, requires_grad=False) for t in inputs)
@@ -291,6 +291,19 @@ def plain_settings(thing: object) -> list[object]:
         for name, value in getattr(thing, "__dict__", {}).items()
         if not name.startswith("_") and (value is None or isinstance(value, int | float | str))
     ]
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return this thread's stream for warming up and capturing.
+
+    One, not one a graph: cuBLAS keeps 65 MB of workspaces for every stream that it has seen.
+    """
+    return _stream_of(device, threading.get_ident())
+
+
+@functools.cache
+def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _on_gpu(tensors: tuple[Tensor, ...]) -> bool:

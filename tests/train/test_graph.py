@@ -133,7 +133,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graph, "_synchronisations", fake.synchronisations)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: stream)
+    monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Graphed, "_capture", lambda self, *args: fake.capture(self, *args))
     return fake
@@ -383,6 +383,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(pretended, monkeypatch, br
     refused = Refused(monkeypatch)  # from here on: seeding would look for its generators
     refused.broken = broken
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     drawn = torch.get_rng_state()
