@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+from collections import abc
 from collections.abc import Iterator
 
 import torch
@@ -139,31 +141,36 @@ class Batches:
 
     def _steps(self, epoch: int, steps: range) -> Iterator[tuple[Tensor, Tensor]]:
         order = epoch_order(len(self.labels), self.seed, epoch) if self.shuffle else None
-        decoded = None if self._files is None else self._decoded(self._files, order, epoch, steps)
-        if order is not None:
-            order = order.to(self.device)
-        for step in steps:
-            chosen = self._share(step)
-            index = chosen if order is None else order[chosen]
-            if decoded is None:
-                images = self.images[index]
-            else:
-                images = next(decoded).to(self.device, non_blocking=True)
-            if not self._crop_files:
-                first = chosen.start - step * self.batch_size
-                part = () if self._ranks == 1 else ((first, self.images_in(step)),)
-                images = self._augment(images, self._random(epoch, step), *part)
-            values = images.to(torch.float32, memory_format=self.memory_format)
-            if not images.is_floating_point():
-                values.div_(255)
-            yield values, self.labels[index]
+        on_device = None if order is None else order.to(self.device)
+        with contextlib.ExitStack() as stack:
+            decoded = None
+            if self._files is not None:
+                # Closed here, and its workers with it: Python 3.12.3 keeps the locals of generators
+                # that are closed.
+                source = self._decoded(self._files, order, epoch, steps)
+                decoded = stack.enter_context(contextlib.closing(source))
+            for step in steps:
+                chosen = self._share(step)
+                index = chosen if on_device is None else on_device[chosen]
+                if decoded is None:
+                    images = self.images[index]
+                else:
+                    images = next(decoded).to(self.device, non_blocking=True)
+                if not self._crop_files:
+                    first = chosen.start - step * self.batch_size
+                    part = () if self._ranks == 1 else ((first, self.images_in(step)),)
+                    images = self._augment(images, self._random(epoch, step), *part)
+                values = images.to(torch.float32, memory_format=self.memory_format)
+                if not images.is_floating_point():
+                    values.div_(255)
+                yield values, self.labels[index]
 
     def _random(self, epoch: int, step: int) -> Generator:
         return _generator(self.seed, "image", epoch, step)
 
     def _decoded(
         self, split: FileSplit, order: Tensor | None, epoch: int, steps: range
-    ) -> Iterator[Tensor]:
+    ) -> abc.Generator[Tensor]:
         """Return the images of these steps, cropped at random if that is wanted."""
         order = torch.arange(len(split)) if order is None else order
         indices = [order[self._share(step)] for step in steps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from collections import abc
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import repeat
@@ -108,7 +109,7 @@ class FileSplit(Split):
 
     def stream(
         self, indices: Sequence[Tensor], seeds: Iterable[list[int]] | None = None, *, pin: bool
-    ) -> Iterator[Tensor]:
+    ) -> abc.Generator[Tensor]:
         """Yield the images of each index tensor, (B, 3, H, W) uint8, decoded ahead by workers.
 
         Args:
