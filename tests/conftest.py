@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -102,6 +102,16 @@ def one_cpu_thread() -> Callable[[], AbstractContextManager[None]]:
             yield
 
     return run
+
+
+@pytest.fixture
+def one_cpu_thread_unless_gpu(
+    one_cpu_thread: Callable[[], AbstractContextManager[None]], request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """For folders of tests that run whole stages; those marked `gpu` see their GPU."""
+    gpu = request.node.get_closest_marker("gpu")
+    with nullcontext() if gpu else one_cpu_thread():
+        yield
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ def pruned(network, *, amount=0.7, first=False, head=False):
 def test_dense_weights_and_the_ticket(peer, pixels, converted, ticket, first, parallel):
     network = pruned(peer.network, first=first)
     state = (nn.DataParallel(network) if parallel else network).state_dict()
+    network.cpu()  # nn.DataParallel takes it to a GPU, where there is one
     checkpoint = converted({"state_dict": state, "arch": "resnet18", "best_acc1": 1.0})
     dense = checkpoint.build_model().eval()
     assert torch.equal(dense(pixels), peer.answer(pixels))

@@ -45,7 +45,9 @@ class DummyModel(nn.Module):
 
 def saved_state(network, wrapper=nn.Identity):
     model = network if wrapper is nn.Identity else wrapper(network)
-    return nn.DataParallel(AttackerModel(model)).state_dict()
+    state = nn.DataParallel(AttackerModel(model)).state_dict()
+    network.cpu()  # nn.DataParallel takes it to a GPU, where there is one
+    return state
 
 
 @pytest.mark.parametrize("wrapper", [nn.Identity, DummyModel], ids=["plain", "add_custom_forward"])

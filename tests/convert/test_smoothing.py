@@ -9,6 +9,7 @@ from torch import nn
 def test_the_network_behind_the_normaliser(peer, pixels, converted, parallel):
     network = nn.DataParallel(peer.network) if parallel else peer.network
     state = nn.Sequential(nn.Identity(), network).state_dict()
+    peer.network.cpu()  # nn.DataParallel takes it to a GPU, where there is one
     assert all(key.startswith("1.module." if parallel else "1.") for key in state)
     content = {"epoch": 90, "arch": "resnet18", "state_dict": state, "optimizer": {}}
     checkpoint = converted(content, "noise_0.50/checkpoint.pth.tar")

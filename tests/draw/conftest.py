@@ -5,12 +5,8 @@ from rtk.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 
 
 @pytest.fixture(autouse=True)
-def _one_cpu_thread(one_cpu_thread, request):
-    if request.node.get_closest_marker("gpu"):
-        yield
-        return
-    with one_cpu_thread():
-        yield
+def _one_cpu_thread(one_cpu_thread_unless_gpu):
+    pass
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,8 @@ from rtk.config import (
 
 
 @pytest.fixture(autouse=True)
-def _one_cpu_thread(one_cpu_thread):
-    with one_cpu_thread():
-        yield
+def _one_cpu_thread(one_cpu_thread_unless_gpu):
+    pass
 
 
 @pytest.fixture(scope="session")

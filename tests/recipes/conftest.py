@@ -2,6 +2,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _one_cpu_thread(one_cpu_thread):
-    with one_cpu_thread():
-        yield
+def _one_cpu_thread(one_cpu_thread_unless_gpu):
+    pass

@@ -5,9 +5,8 @@ from rtk.config import DataConfig, DrawConfig, ModelConfig, PretrainConfig, Trai
 
 
 @pytest.fixture(autouse=True)
-def _one_cpu_thread(one_cpu_thread):
-    with one_cpu_thread():
-        yield
+def _one_cpu_thread(one_cpu_thread_unless_gpu):
+    pass
 
 
 @pytest.fixture(scope="session")
