@@ -1,4 +1,4 @@
-"""pgd_step against eager PyTorch, torch.compile and a plain Triton kernel.
+"""pgd_step against eager PyTorch, torch.compile and a plain Triton kernel; its floor beside it.
 
 Bytes a pixel, read and written: 16 in fp32; 11 with the gradient in bf16, as the model returns it
 under autocast, and the origin in uint8, as it was loaded; 7 with the images in bf16 as well.
@@ -28,7 +28,7 @@ TYPES = {  # x_adv and the result, gradient, origin
 }
 PEERS = {
     "linf": ["rtk", "eager", "torch.compile", "plain"],
-    "l2": ["rtk", "eager", "torch.compile"],
+    "l2": ["rtk", "eager", "torch.compile", "traffic"],
 }
 
 
@@ -84,6 +84,11 @@ def _plain(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
+def _traffic(x_adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """No step: one elementwise kernel of PyTorch that reads and writes what a step must."""
+    return torch.addcmul(x_adv, grad, x)
+
+
 def _rtk(norm: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     eps, step = NUMBERS[norm]
     return lambda x_adv, grad, x: rtk.ops.pgd_step(
@@ -107,7 +112,7 @@ CASES = [
     for types in (TYPES if DEVICE == "cuda" else ["fp32"])
     for peer in PEERS[norm]
     for shape in SHAPES
-    if peer != "plain" or (types == "fp32" and DEVICE == "cuda")
+    if peer not in ("plain", "traffic") or (types == "fp32" and DEVICE == "cuda")
 ]
 
 
@@ -121,11 +126,14 @@ def bench_pgd_step(norm, types, peer, shape, measure, benchmark):
         "eager": formula if norm == "linf" else _robustness_l2,
         "torch.compile": torch.compile(formula),
         "plain": _plain,
+        "traffic": _traffic,
     }[peer]
     sets = [_inputs(shape, types, seed) for seed in range(3)]
     turns = itertools.cycle(sets)
     bytes_ = sum(t.numel() * t.element_size() for t in (*sets[0], sets[0][0]))
     measure(lambda: function(*next(turns)), bytes=bytes_, device=DEVICE)
+    if peer == "traffic":
+        return
     tolerance = 4e-3 if types == "compact-bf16" else 1e-6
     for given in sets:
         torch.testing.assert_close(function(*given), formula(*given), atol=tolerance, rtol=0)
