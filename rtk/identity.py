@@ -18,6 +18,7 @@ from rtk.runs import atomic_write, lock_folder
 # Settings that say where or how a run is executed, not what it computes: not part of its identity.
 _NOT_IDENTITY = {"out", "device", "threads", "resume", "checkpoint_seconds", "graph"}
 _NOT_IDENTITY |= {"workers", "download", "trust"}
+_NOT_IDENTITY |= {"preset"}  # a name for values, and these are
 # Settings younger than some runs: at these values they leave a run what it was without them.
 _LATER = {"storage": "auto", "skip_bad": False, "ood": []}
 _LATER |= dict.fromkeys(("task", "rounds", "rate"))
@@ -52,6 +53,23 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
             value = from_dict(type(stages_own), {**to_dict(stages_own), **value})
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
+
+
+def from_preset(cls: type[C], preset: str, **settings: Any) -> C:
+    """Build a stage's configuration after a preset, e.g. `from_preset(TransferConfig, "paper")`.
+
+    Args:
+        cls: PretrainConfig, DrawConfig or TransferConfig.
+        preset: its name; `rtk.config.PRESETS` has all.
+        settings: what is to be otherwise, by name; a section as a dict changes these values of it,
+            as an object it is taken whole (where `data` leaves size or augmentation open, they are
+            the preset's): `data=DataConfig("cifar10"), train={"lr": 0.01}`.
+
+    Raises:
+        RtkError: for an unknown preset, one that has no numbers for this, or a bad setting.
+    """
+    plain = {k: to_dict(v) if dataclasses.is_dataclass(v) else v for k, v in settings.items()}
+    return from_dict(cls, {"preset": preset, **plain})
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:

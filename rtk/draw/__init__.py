@@ -26,8 +26,8 @@ schemes: Registry[Callable[[nn.Module, DrawConfig], Ticket]] = Registry("scheme"
 
 @schemes.register("omp")
 def _omp(model: nn.Module, config: DrawConfig) -> Ticket:
-    scope = str(config.scope)  # resolved by the configuration
-    return omp(model, config.sparsity, config.granularity, scope, config.include_first)
+    scope, include_first = str(config.scope), bool(config.include_first)  # resolved by now
+    return omp(model, config.sparsity, config.granularity, scope, include_first)
 
 
 schemes.register("lmp")(learned.draw)

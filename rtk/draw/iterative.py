@@ -33,6 +33,7 @@ def draw(model: nn.Module, config: DrawConfig) -> Ticket:
     model = classifier(model, config.scheme)
     assert config.sparsity is not None and config.scope is not None
     assert config.task is not None and config.rate is not None
+    assert config.include_first is not None
     checkpoint = Checkpoint.load(config.checkpoint)  # for what it says of itself
     upstream = config.task == "upstream"
     images = checkpoint.images(config.data) if upstream else config.data

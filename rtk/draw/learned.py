@@ -32,6 +32,7 @@ def draw(model: nn.Module, config: DrawConfig) -> Ticket:
     dataset, batches, evaluate = load_images(config.data, config, device)
     give_head(model, dataset, config)
     assert config.sparsity is not None and config.scope is not None
+    assert config.include_first is not None
     claim_folder(config)
     ticket = lmp(
         model,
