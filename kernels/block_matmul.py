@@ -7,8 +7,9 @@ multiplies by at a time: one block, or R x C of them where a mask is so full tha
 `plan` lists the live tiles of every row of tiles, the longest row first, so that short programs
 come last. `multiply` walks such a list: its loop holds no condition, which would undo the
 pipelining. An input gradient is the same product along the columns of the mask. Tiles are fetched
-by TMA: what lies outside of a tensor reads as 0. With EARLY (compute capability 9 and up) the
-product is launched while its list is still being made, and waits for it.
+by TMA: what lies outside of a tensor reads as 0. With EARLY (compute capability 9 and up) a kernel
+is launched while the one before it still runs: `prepare` works beside `plan`, and the product waits
+for both.
 
 `plan_weight` gathers SLOTS blocks of a row of blocks, which share the upstream gradient they read;
 `multiply_weight` sums over M. A block-score gradient, sum(W * dW), is taken while dW is in
@@ -21,9 +22,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-CHUNK = 16  # rows of a mask that `plan` counts at a time
 PIECE = 8  # rows of a block that a program of `combine` adds
-PREPARED = 32  # rows of a block that a program of `prepare` scales
+PREPARED = (32, 128)  # rows and columns of the weight that a program of `prepare` scales
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def prepare(
     weight,
     mask,
     out,
-    columns,
+    k_size,
     row_stride,
     column_stride,
     weight_n,
@@ -102,23 +102,33 @@ def prepare(
     out_k,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    PREPARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     FILL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Scale and cast PREPARED rows of a block. One that is off is not read: 0, or left alone."""
-    row = tl.program_id(0) // columns
-    column = tl.program_id(0) % columns
-    scale = tl.load(mask + row * row_stride + column * column_stride)
-    n = row * BN + tl.program_id(1) * PREPARED + tl.arange(0, PREPARED)
-    n = n.to(tl.int64)[:, None]
-    k = (column * BK + tl.arange(0, BK)).to(tl.int64)[None, :]
-    if scale != 0:
-        values = tl.load(weight + n * weight_n + k * weight_k).to(tl.float32)
-        if mask.dtype.element_ty != tl.int8:
-            values *= scale.to(tl.float32)
-        tl.store(out + n * out_n + k * out_k, values)
-    elif FILL:
-        tl.store(out + n * out_n + k * out_k, tl.zeros((PREPARED, BK), tl.float32))
+    """Scale and cast ROWS x COLUMNS weights; ROWS divides BN. Blocks that are off are not read: 0
+    with FILL, else left alone.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    n_first = tl.program_id(0) * ROWS
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = k < k_size
+    scale_at = mask + n_first // BN * row_stride + k // BK * column_stride
+    scale = tl.load(scale_at, mask=inside, other=0)
+    live = scale != 0
+    n = (n_first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    at_k = k.to(tl.int64)[None, :]
+    values = tl.load(weight + n * weight_n + at_k * weight_k, mask=live[None, :], other=0.0)
+    values = values.to(tl.float32)
+    if mask.dtype.element_ty != tl.int8:
+        values *= scale.to(tl.float32)[None, :]
+    if FILL:
+        live = inside
+    tl.store(out + n * out_n + at_k * out_k, values, mask=live[None, :])
+    if EARLY:
+        gdc_wait()  # so that who waits for this kernel has waited for the one before, too
 
 
 @triton.jit(do_not_specialize=["tiles_m", "tiles_n", "together"])

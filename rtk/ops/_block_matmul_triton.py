@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rtk.kernels import block_matmul as kernels
 
 _TOGETHER = 16  # tiles along M whose programs run side by side
+_PLAN_WARPS = 8
 _MOST_PARTS = 2**27  # bytes of the parts of a weight gradient, if there is more than one
 
 
@@ -101,6 +102,11 @@ def _multiprocessors(device: torch.device) -> int:
 def _starts_early(device: torch.device) -> bool:
     """Whether a kernel there can be launched before the one before it has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _chunk(rows: int, capacity: int) -> int:
+    """Return how many rows of a mask a plan counts at a time: few turns, all of it in registers."""
+    return max(8, min(4096 // capacity, 64, triton.next_power_of_2(rows)))
 
 
 def _mask(block_mask: Tensor) -> Tensor:
@@ -190,9 +196,10 @@ def multiply(
             R=config.r,
             C=config.c,
             CAPACITY=triton.next_power_of_2(tiles),
-            CHUNK=kernels.CHUNK,
+            CHUNK=_chunk(tile_rows, triton.next_power_of_2(tiles)),
             PIECES=config.c * inputs // config.step,
             EARLY=early,
+            num_warps=_PLAN_WARPS,
         )
         if ready:
             prepared = _for_tma(weight)
@@ -200,18 +207,26 @@ def multiply(
             shape = weight.shape[::-1] if turned else weight.shape
             prepared = torch.empty(shape, dtype=x.dtype, device=x.device)
             strides = prepared.stride()[::-1] if turned else prepared.stride()
-            kernels.prepare[(mask.numel(), bn // kernels.PREPARED)](
+            rows_at_once, columns_at_once = kernels.PREPARED
+            pieces = (
+                weight.shape[0] // rows_at_once,
+                triton.cdiv(weight.shape[1], columns_at_once),
+            )
+            kernels.prepare[pieces](
                 weight,
                 mask,
                 prepared,
-                mask.shape[1],
+                weight.shape[1],
                 *mask.stride(),
                 *weight.stride(),
                 *strides,
                 BN=bn,
                 BK=bk,
-                PREPARED=kernels.PREPARED,
+                ROWS=rows_at_once,
+                COLUMNS=columns_at_once,
                 FILL=fill,
+                EARLY=early,
+                **({"launch_pdl": True} if early else {}),
             )
         tiles_m = triton.cdiv(x.shape[0], block_m)
         kernels.multiply[(tiles_m * tile_rows,)](
@@ -327,8 +342,9 @@ def multiply_weight(
             ALL=scores,
             SLOTS=config.slots,
             CAPACITY=triton.next_power_of_2(columns),
-            CHUNK=kernels.CHUNK,
+            CHUNK=_chunk(rows, triton.next_power_of_2(columns)),
             EARLY=early,
+            num_warps=_PLAN_WARPS,
         )
         kernels.multiply_weight[(groups, count)](
             *given,

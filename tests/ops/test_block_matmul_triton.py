@@ -209,17 +209,20 @@ def test_sums_compile_to_tensor_cores_without_spills(
 def test_the_small_kernels_compile(mask, compile_for_hopper):
     from rtk.kernels import block_matmul as kernels
 
-    def build(kernel, types: dict[str, str], constants: dict[str, int]) -> None:
+    def build(kernel, types: dict[str, str], constants: dict[str, int], warps: int = 4) -> None:
         types = dict.fromkeys(kernel.arg_names, "i32") | {"mask": mask} | types
-        assert compile_for_hopper(kernel, types, constants).resources["STACK"] == 0
+        built = compile_for_hopper(kernel, types, constants, num_warps=warps)
+        assert built.resources["STACK"] == 0
 
     lists = dict.fromkeys(("entries", "counts", "order", "block_at", "group_counts"), "*i32")
-    shared = {"CAPACITY": 128, "CHUNK": kernels.CHUNK, "column_stride": 1, "EARLY": True}
-    build(kernels.plan, lists, shared | {"R": 4, "C": 2, "PIECES": 2})
-    build(kernels.plan_weight, lists, shared | {"ALL": False, "SLOTS": 4})
+    shared = {"CAPACITY": 128, "CHUNK": 32, "column_stride": 1, "EARLY": True}
+    build(kernels.plan, lists, shared | {"R": 4, "C": 2, "PIECES": 2}, warps=8)
+    build(kernels.plan_weight, lists, shared | {"ALL": False, "SLOTS": 4}, warps=8)
     tensors = {"weight": "*fp32", "out": "*bf16", "parts": "*fp32"}
     block = {"BN": 128, "BK": 128, "column_stride": 1}
-    fill = {"PREPARED": kernels.PREPARED, "FILL": True, "weight_k": 1, "out_k": 1}
+    rows, columns = kernels.PREPARED
+    pieces = {"ROWS": rows, "COLUMNS": columns, "EARLY": True}
+    fill = pieces | {"FILL": True, "weight_k": 1, "out_k": 1}
     build(kernels.prepare, tensors, block | fill)
     build(kernels.combine, tensors, block | {"PIECE": kernels.PIECE})
 

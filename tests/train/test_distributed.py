@@ -324,8 +324,10 @@ def test_two_processes_then_one_then_two_end_as_one_would(road, resumed):
 def test_a_process_that_dies_ends_the_run_which_goes_on_to_the_same_numbers(road, died, resumed):
     done, seconds = died
     assert done.returncode != 0 and seconds < 60
-    assert done.stderr.count("rtk: error: process 0 lost another process of this run") == 1
-    assert "goes on from the last checkpoint" in done.stderr
+    told = done.stderr.count("rtk: error: process 0 lost another process of this run")
+    # torchrun, too, looks whether processes live, and may end process 0 before it finds out.
+    assert told == 1 or (told == 0 and "closing signal SIGTERM" in done.stderr)
+    assert told == done.stderr.count("goes on from the last checkpoint")
     assert records(road.folder / "died") == records(road.folder / "pretrained")
     ours, theirs = (weights(road.folder / name) for name in ("died", "pretrained"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
