@@ -140,14 +140,19 @@ void topk_mask_on_stream(const std::vector<Address>& scores, const std::vector<i
 
 void score_step_on_stream(const std::vector<Address>& scores, const std::vector<Address>& buffers,
                           const std::vector<Address>& weights, const std::vector<Address>& grads,
-                          const std::vector<int64_t>& sizes, int grad_dtype, double lr, Address device_lr,
-                          double momentum, double weight_decay, bool nesterov, int device, Address stream) {
+                          const std::vector<int64_t>& sizes, const std::vector<std::array<int64_t, 20>>& groups,
+                          int grad_dtype, double lr, Address device_lr, double momentum, double weight_decay,
+                          bool nesterov, int device, Address stream) {
   if (scores.size() != sizes.size() || buffers.size() != sizes.size() || weights.size() != sizes.size() ||
-      grads.size() != sizes.size()) {
+      grads.size() != sizes.size() || (!groups.empty() && groups.size() != sizes.size())) {
     throw std::invalid_argument("score_step: there must be one entry per tensor");
   }
   ScoreStep p{{}, {}, {}, {}, sizes, dtype(grad_dtype), static_cast<float>(lr), pointer<const float>(device_lr),
-              static_cast<float>(momentum), static_cast<float>(weight_decay), nesterov};
+              static_cast<float>(momentum), static_cast<float>(weight_decay), nesterov, {}};
+  for (const std::array<int64_t, 20>& g : groups) {
+    p.groups.push_back({{g[0], g[1], g[2], g[3]}, {g[4], g[5], g[6], g[7]}, {g[8], g[9], g[10], g[11]},
+                        {g[12], g[13]}, {g[14], g[15]}, {g[16], g[17]}, {g[18], g[19]}});
+  }
   for (size_t i = 0; i < sizes.size(); ++i) {
     p.scores.push_back(pointer<float>(scores[i]));
     p.buffers.push_back(pointer<float>(buffers[i]));
@@ -308,6 +313,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("topk_mask_workspace", &topk_mask_workspace, no_gil);
   module.def("topk_mask_cuda", &topk_mask_on_stream, no_gil);
   module.attr("score_step_tensors") = kScoreStepTensors;
+  module.attr("score_groups_tensors") = kScoreGroupsTensors;
   module.def("score_step_cuda", &score_step_on_stream, no_gil);
   module.def("fused_conv2d_cuda", &fused_conv2d_on_stream, no_gil);
   module.def("fused_conv2d_fits", &fused_conv2d_fits_args, no_gil);

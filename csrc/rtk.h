@@ -76,11 +76,22 @@ struct TopkMasks {
   void* workspace;
 };
 
-// An SGD step on the scores of masks, one tensor a layer, one score a weight: g = w * grad + weight_decay *
-// score; buffer = momentum * buffer + g; score -= lr * (nesterov ? g + momentum * buffer : buffer). The four
-// tensors of a layer are dense and in one memory order; all f32, the gradients f32 | bf16. device_lr, if not
-// null, is read in place of lr.
-constexpr int kScoreStepTensors = 640;  // the most tensors a call takes
+// An SGD step on the scores of masks, one tensor a layer: g = (sum over the score's weights of w * grad) +
+// weight_decay * score; buffer = momentum * buffer + g; score -= lr * (nesterov ? g + momentum * buffer : buffer).
+// The four tensors of a layer are dense and, with one score a weight, in one memory order; all f32, the gradients
+// f32 | bf16. device_lr, if not null, is read in place of lr.
+constexpr int kScoreStepTensors = 640, kScoreGroupsTensors = 192;  // the most a call takes, with groups the latter
+
+// Which weights of a layer share a score. Weight and gradient lie in one memory order, scores and buffer in one that
+// may be another. Groups are counted along up to four axes of memory, the innermost first: `counts` of them, a step
+// apart in the weight, a score step in the scores. A group is most[0] x most[1] weights, a stride apart each way;
+// where `axis` is not 4, `size` weights lie along that axis, and its last group may have less.
+constexpr int kScoreAxes = 4;
+struct ScoreGroups {
+  int64_t counts[kScoreAxes], steps[kScoreAxes], score_steps[kScoreAxes];
+  int64_t most[2], size[2], stride[2], axis[2];
+};
+
 struct ScoreStep {
   std::vector<float*> scores, buffers;
   std::vector<const float*> weights;
@@ -91,6 +102,8 @@ struct ScoreStep {
   const float* device_lr;
   float momentum, weight_decay;
   bool nesterov;
+  // None: one score a weight everywhere. Else one a layer, of which counts[0] = 0 says the same.
+  std::vector<ScoreGroups> groups;
 };
 
 // out = cast(w * mask) over 4 dimensions; a mask stride is 0 where the mask is broadcast. With a b1

@@ -138,12 +138,16 @@ def topk_mask_workspace(sizes: Sequence[int], whole: bool, /) -> int:
 score_step_tensors: int
 """The most layers that one call of score_step_cuda takes; absent without CUDA."""
 
+score_groups_tensors: int
+"""The most that it takes where weights share scores; absent without CUDA."""
+
 def score_step_cuda(
     scores: Sequence[int],
     buffers: Sequence[int],
     weights: Sequence[int],
     grads: Sequence[int],
     sizes: Sequence[int],
+    groups: Sequence[Sequence[int]],
     grad_dtype: int,
     lr: float,
     device_lr: int,
@@ -154,7 +158,11 @@ def score_step_cuda(
     stream: int,
     /,
 ) -> None:
-    """Step the scores of masks, in place; csrc/rtk.h, `ScoreStep`. device_lr is 0 for none."""
+    """Step the scores of masks, in place; csrc/rtk.h, `ScoreStep`. device_lr is 0 for none.
+
+    groups is empty where every weight has a score, else 20 numbers a layer: the members of
+    `ScoreGroups` one after the other.
+    """
 
 def topk_mask_cuda(
     ptrs: Sequence[int],

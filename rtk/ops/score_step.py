@@ -18,6 +18,7 @@ from rtk.errors import RtkError
 from rtk.ops import _compiled, _registry
 from rtk.ops._layout import broadcasts_to, sum_to
 from rtk.ops._registry import require
+from rtk.ops._score_groups import AXES, NONE, groups_of
 
 
 @torch.no_grad()
@@ -58,18 +59,23 @@ def score_step(
     Raises:
         RtkError: for lists of different lengths, or shapes that do not fit.
 
-    On a GPU, where there is one score a weight, all layers are one launch: 22 bytes of traffic a
-    weight under bf16 gradients.
+    On a GPU all layers are one launch, of fp32 scores and weights: under bf16 gradients 22 bytes of
+    traffic where a weight has its own score, 6 where many share one. Sums are bit-reproducible.
     """
     _check(scores, momentum_buffers, weights, gradients, tile)
     settings = (lr, momentum, weight_decay, nesterov)
     if not scores:
         return
     if _use_cuda(scores, momentum_buffers, weights, gradients, lr, tile):
-        most = _compiled._C.score_step_tensors
+        groups = [_groups(*of_layer, tile) for of_layer in zip(scores, weights, strict=True)]
+        if all(each is NONE for each in groups):
+            groups, most = [], _compiled._C.score_step_tensors
+        else:
+            most = _compiled._C.score_groups_tensors
         for begin in range(0, len(scores), most):
             part = slice(begin, begin + most)
-            _launch(scores[part], momentum_buffers[part], weights[part], gradients[part], *settings)
+            of_part = scores[part], momentum_buffers[part], weights[part], gradients[part]
+            _launch(*of_part, groups[part], *settings)
     else:
         _reference(scores, momentum_buffers, weights, gradients, *settings, tile)
 
@@ -206,13 +212,9 @@ def _why_not_cuda(
         return "the tensors are on several GPUs"
     if isinstance(lr, Tensor) and not (lr.is_cuda and lr.dtype == torch.float32):
         return f"lr is a tensor in {lr.dtype} on {lr.device}, it takes fp32 on the GPU"
-    if tile is not None:
-        return "scores are one a tile, it takes one a weight"
     for score, buffer, weight, gradient in zip(
         scores, momentum_buffers, weights, gradients, strict=True
     ):
-        if score.shape != weight.shape:
-            return "scores are one a group, it takes one a weight"
         reason = (
             _compiled.why_not_dtype(score, "a score", torch.float32)
             or _compiled.why_not_dtype(weight, "a weight", torch.float32)
@@ -222,12 +224,24 @@ def _why_not_cuda(
             return reason
         if gradient.dtype != gradients[0].dtype:
             return "gradients have several dtypes"
-        if score.numel() >= 2**31:
-            return f"a layer has {score.numel()} weights, it takes 2^31 - 1"
-        orders = [_order(tensor) for tensor in (score, buffer, weight, gradient)]
-        if orders[0] is None or any(order != orders[0] for order in orders):
-            return "the tensors of a layer lie in several memory orders"
+        if weight.numel() >= 2**31:
+            return f"a layer has {weight.numel()} weights, it takes 2^31 - 1"
+        if score.numel() and not weight.numel():
+            return "a layer has scores but no weights"
+        for one, other in ((score, buffer), (weight, gradient)):
+            if _order(one) is None or _order(one) != _order(other):
+                return "the tensors of a layer lie in several memory orders"
+        if weight.dim() > AXES and (score.shape != weight.shape or _order(score) != _order(weight)):
+            return f"a weight has {weight.dim()} dimensions, it takes up to {AXES}"
     return None
+
+
+def _groups(score: Tensor, weight: Tensor, tile: tuple[int, int] | None) -> tuple[int, ...]:
+    """Return which weights share a score, NONE where each has its own in the same memory order."""
+    alike = score.shape == weight.shape and _order(score) == _order(weight)
+    if alike or not weight.numel():
+        return NONE
+    return groups_of(tuple(weight.shape), weight.stride(), tuple(score.shape), score.stride(), tile)
 
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -248,6 +262,7 @@ def _launch(
     momentum_buffers: Sequence[Tensor],
     weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    groups: Sequence[tuple[int, ...]],
     lr: float | Tensor,
     momentum: float,
     weight_decay: float,
@@ -260,7 +275,8 @@ def _launch(
         [tensor.data_ptr() for tensor in momentum_buffers],
         [tensor.data_ptr() for tensor in weights],
         [tensor.data_ptr() for tensor in gradients],
-        [tensor.numel() for tensor in scores],
+        [tensor.numel() for tensor in weights],
+        groups,
         _compiled.DTYPES[gradients[0].dtype],
         rate,
         rate_address,

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,8 @@ import torch.nn.functional as F
 import rtk
 from rtk.errors import RtkError
 from rtk.ops import score_step
+from rtk.ops._layout import sum_to
+from rtk.ops._score_groups import AXES, groups_of
 from rtk.ops.score_step import tile_sums
 
 SHAPES = [(8, 4, 3, 3), (6, 5, 1, 1), (64, 32, 3, 3), (1, 1, 1, 1), (130, 70, 1, 1)]
@@ -41,7 +45,18 @@ GROUPS = {
     "row": lambda shape: (*shape[:3], 1),
     "kernel": lambda shape: (*shape[:2], 1, 1),
     "channel": lambda shape: (shape[0], 1, 1, 1),
+    "input": lambda shape: (1, shape[1], 1, 1),
+    "tap": lambda shape: (1, 1, *shape[2:]),
+    "column": lambda shape: (1, 1, 1, shape[3]),
+    "every other": lambda shape: (shape[0], 1, shape[2], 1),
+    "all": lambda shape: (1, 1, 1, 1),
 }
+TILES = [(4, 3), (64, 64), (32, 16), (1, 8), (7, 1), (1000, 1000)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def tiled(tile):
+    return lambda shape: (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]), *shape[2:])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -106,6 +121,43 @@ def test_what_does_not_fit_is_refused():
     score_step([], [], [], [], lr=0.1)
 
 
+def walk(groups, values):
+    """Sum over each group as the kernel does; return by the place of a score in memory."""
+    counts, steps, score_steps = (groups[i : i + AXES] for i in range(0, 3 * AXES, AXES))
+    most, sizes, strides, on_axis = (groups[i : i + 2] for i in range(3 * AXES, len(groups), 2))
+    sums = {}
+    for index in itertools.product(*map(range, counts)):
+        at = sum(i * step for i, step in zip(index, steps, strict=True))
+        sides = [
+            min(most[j], sizes[j] - index[on_axis[j]] * most[j]) if on_axis[j] < AXES else most[j]
+            for j in range(2)
+        ]
+        places = [
+            at + i * strides[0] + j * strides[1] for i, j in itertools.product(*map(range, sides))
+        ]
+        score_at = sum(i * step for i, step in zip(index, score_steps, strict=True))
+        assert score_at not in sums
+        sums[score_at] = values[places].sum().item()
+    return sums
+
+
+@pytest.mark.parametrize("score_layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", [(6, 5, 3, 2), (8, 4, 3, 3), (5, 7, 1, 1), (1, 9, 3, 1)], ids=str)
+@pytest.mark.parametrize("group", [*GROUPS, (4, 3), (2, 4), (1, 2), (3, 1), (9, 9)], ids=str)
+def test_what_the_kernel_walks_are_the_groups(group, shape, layout, score_layout):
+    tile = None if isinstance(group, str) else group
+    score_shape = (GROUPS[group] if tile is None else tiled(tile))(shape)
+    weight = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=layout)
+    wanted = tile_sums(weight, *tile) if tile else sum_to(weight, torch.Size(score_shape))
+    wanted = wanted.contiguous(memory_format=score_layout)
+    groups = groups_of(shape, weight.stride(), score_shape, wanted.stride(), tile)
+    assert groups is not None
+    memory = torch.as_strided(weight, (weight.numel(),), (1,))
+    in_memory = torch.as_strided(wanted, (wanted.numel(),), (1,)).tolist()
+    assert walk(groups, memory) == pytest.approx(dict(enumerate(in_memory)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -150,3 +202,96 @@ def test_mixed_layouts_fall_back():
     score_step(*parts, lr=0.1)
     with rtk.ops.backend("cuda"), pytest.raises(RtkError, match="several memory orders"):
         score_step(*parts, lr=0.1)
+
+
+def in_float64(parts):
+    return [[each.double() for each in part] for part in parts]
+
+
+GROUPED = [(group, None) for group in GROUPS if group != "element"] + [(t, t) for t in TILES]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("group", "tile"), GROUPED, ids=lambda v: str(v))
+def test_groups_are_one_launch(group, tile, layout, dtype, monkeypatch):
+    from rtk.ops import _compiled
+
+    shape_of = GROUPS[group] if tile is None else tiled(tile)
+    sizes = [*SHAPES, (130, 70, 3, 3), (96, 300, 3, 3), (256, 512, 1, 1)]
+    parts = [], [], [], []
+    for shape in sizes:
+        scores = torch.randn(shape_of(shape), device="cuda")
+        tensors = [torch.randn(shape, device="cuda").to(memory_format=layout) for _ in range(2)]
+        tensors[1] = tensors[1].to(dtype)
+        for part, each in zip(parts, (scores, torch.zeros_like(scores), *tensors), strict=True):
+            part.append(each)
+    exact = in_float64(parts)
+    again = [[each.clone() for each in part] for part in parts]
+    launches = []
+    launch = _compiled._C.score_step_cuda
+
+    class Counted:
+        def __getattr__(self, name):
+            return getattr(compiled, name)
+
+        def score_step_cuda(self, *args):
+            launches.append(len(args[0]))
+            launch(*args)
+
+    compiled = _compiled._C
+    monkeypatch.setattr(_compiled, "_C", Counted())
+    options = {"momentum": 0.9, "weight_decay": 5e-4, "tile": tile}
+    rate = torch.tensor(0.1, device="cuda")
+    for lr, nesterov in ((0.1, False), (rate, True)):
+        for each in (parts, again):
+            with rtk.ops.backend("cuda"):
+                score_step(*each, lr=lr, nesterov=nesterov, **options)
+        with rtk.ops.backend("reference"):
+            score_step(*exact, lr=0.1, nesterov=nesterov, **options)
+    assert launches == [len(sizes)] * 4
+    for mine, other, wanted in zip(parts, again, exact, strict=True):
+        for one, two, true in zip(mine, other, wanted, strict=True):
+            assert torch.equal(one, two), "sums are reproducible"
+            scale = max(1.0, true.abs().max().item())
+            torch.testing.assert_close(one.double(), true, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.gpu
+def test_many_layers_in_groups():
+    parts = [part * 40 for part in layers(GROUPS["kernel"], "cuda", channels_last=True)]
+    parts = [[each.clone() for each in part] for part in parts]
+    exact = in_float64(parts)
+    with rtk.ops.backend("cuda"):
+        score_step(*parts, lr=0.1, momentum=0.5)
+    score_step(*exact, lr=0.1, momentum=0.5)
+    for one, wanted in zip(parts[0], exact[0], strict=True):
+        torch.testing.assert_close(one.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_group_of_a_whole_layer_leaves_its_neighbours_alone():
+    memory = torch.full((4, 5003), 7.0, device="cuda")
+    weight, gradient = (row[1:5002].normal_().view(3, 1667, 1, 1) for row in memory[2:])
+    score, buffer = (row[1:2].view(1, 1, 1, 1) for row in memory[:2])
+    given = [[t] for t in (score, buffer, weight, gradient)]
+    exact = in_float64(given)
+    with rtk.ops.backend("cuda"):
+        score_step(*given, lr=0.1, momentum=0.5)
+    score_step(*exact, lr=0.1, momentum=0.5)
+    torch.testing.assert_close(score.double(), exact[0][0], rtol=1e-5, atol=1e-3)
+    assert (memory[:2, 0] == 7).all() and (memory[:2, 2:] == 7).all()
+    assert (memory[2:, [0, -1]] == 7).all()
+
+
+@pytest.mark.gpu
+def test_five_dimensions_fall_back():
+    weight = torch.randn(3, 2, 2, 2, 2, device="cuda")
+    score = torch.randn(3, 1, 1, 1, 1, device="cuda")
+    given = [[t] for t in (score, torch.zeros_like(score), weight, torch.ones_like(weight))]
+    wanted = score - 0.1 * weight.sum((1, 2, 3, 4), keepdim=True)
+    score_step(*given, lr=0.1)
+    torch.testing.assert_close(score, wanted)
+    with rtk.ops.backend("cuda"), pytest.raises(RtkError, match="has 5 dimensions, it takes up to"):
+        score_step(*given, lr=0.1)
