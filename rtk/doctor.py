@@ -11,7 +11,7 @@ import torch
 from rtk import ops as public_ops  # noqa: F401  (declares the ops that are listed)
 from rtk._version import __version__
 from rtk.ops import _compiled
-from rtk.ops._conv_paths import CUDNN, NO_LISTS
+from rtk.ops._conv_paths import CUDNN, DENSITIES, NO_LISTS
 from rtk.ops._registry import ops
 from rtk.ops.sparse_columns import lists_shape
 
@@ -99,10 +99,16 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "prepare_weight": ((weight, mask, dtype, device == "cuda"), {}),
         "masked_conv2d": ((x, weight, mask, None, *conv), {}),
         "masked_conv2d_prepared": (
-            (x, weight, mask, weight.to(dtype), None, None, *conv, *CUDNN, *NO_LISTS, 0.5),
+            (
+                *(x, weight, mask, weight.to(dtype), None, None, *conv),
+                *(*CUDNN, *NO_LISTS, [*DENSITIES]),
+            ),
             {},
         ),
-        "masked_conv2d_bwd_input": ((x, weight.to(dtype), None, x.shape, *conv, "cudnn", None), {}),
+        "masked_conv2d_bwd_input": (
+            (x, weight.to(dtype), None, x.shape, *conv, "cudnn", None, 0.5),
+            {},
+        ),
         "masked_conv2d_bwd_weight": (
             (x, x, weight, mask, *conv, [True, False], "cudnn", None, 0.5),
             {},
@@ -116,6 +122,7 @@ def _samples(device: str) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "batch_norm_act_bwd": ((images, *batch_norm, True, 1e-5, [True] * 4), {}),
         "stem_conv2d": ((pixels, filter, eight, three, three), {**stem, "save_positive": False}),
         "stem_conv2d_bwd_input": ((upstream, no_index, filter, three), stem_bwd),
+        "live_blocks": ((matrix, 4), {}),
         "live_tiles": ((weight.detach(),), {}),
         "sparse_columns": (([weight.detach().bfloat16()],), {}),
         "sparse_conv2d": ((x.bfloat16(), columns, weight.shape, None, 1, 1, 1, None), {}),

@@ -1,4 +1,4 @@
-"""`rtk doctor --layers`: which path each masked convolution takes, and how fast it is."""
+"""`rtk doctor --layers`: which path each masked layer takes, and how fast it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from rtk.errors import RtkError
 from rtk.models import MODELS, Classifier, ModelSpec, create, is_from_library
-from rtk.nn import LayerTimes, MaskedConv2d, tune
+from rtk.nn import LayerTimes, MaskedConv2d, MaskedLinear, tune
 from rtk.runs import find_artefact
 from rtk.ticket import TICKET, Ticket
 from rtk.train import Checkpoint
@@ -24,7 +24,7 @@ _NAMES = {0, *range(len(_FIELDS), len(_HEADER), 3)}  # columns of text, which st
 def describe_layers(
     model: str, ticket: str, *, image_size: int | None = None, batch_size: int = 128
 ) -> str:
-    """Measure the masked convolutions of a network, as `rtk.nn.tune` does, and return a table.
+    """Measure the masked layers of a network, as `rtk.nn.tune` does, and return a table.
 
     Args:
         model: a run's folder or its checkpoint.safetensors; or an architecture, e.g. resnet50 or
@@ -34,10 +34,10 @@ def describe_layers(
         batch_size: images at a time.
 
     Returns:
-        A line for each masked convolution: its shape; the share of its weights that the ticket
+        A line for each masked layer: its shape; the share of its weights that the ticket
         keeps, and of its 64 x 64 blocks that are not all zero; and of the forward, of the input's
         and of the weight's gradient the path taken, its milliseconds, and those of the dense
-        convolution by cuDNN, where the weight's gradient is masked too. Below, the sums.
+        layer by cuDNN or cuBLAS, where the weight's gradient is masked too. Below, the sums.
 
     Raises:
         RtkError: without a GPU; for a size below 1; for files that cannot be read or do not fit
@@ -93,7 +93,7 @@ def table(model: nn.Module, measured: Sequence[LayerTimes]) -> str:
 def _row(layer: nn.Module, times: LayerTimes) -> list[str]:
     cells = [times.layer, _by(times.shape), _filters(layer), _kept(layer), f"{times.live:.0%}"]
     for way, path in enumerate(times.taken):
-        cells += [path, _ms(times.times[path][way]), _ms(times.times["cudnn"][way])]
+        cells += [path, _ms(times.times[path][way]), _ms(times.times[times.dense][way])]
     return cells
 
 
@@ -101,7 +101,11 @@ def _sums(measured: Sequence[LayerTimes]) -> list[str]:
     cells = ["all", *[""] * (len(_FIELDS) - 1)]
     for way in range(len(_WAYS)):
         taken = sum(times.times[times.taken[way]][way] or 0.0 for times in measured)
-        cells += ["", _ms(taken), _ms(sum(times.times["cudnn"][way] or 0.0 for times in measured))]
+        cells += [
+            "",
+            _ms(taken),
+            _ms(sum(times.times[times.dense][way] or 0.0 for times in measured)),
+        ]
     return cells
 
 
@@ -122,12 +126,12 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _filters(layer: nn.Module) -> str:
-    assert isinstance(layer, MaskedConv2d)
+    assert isinstance(layer, MaskedConv2d | MaskedLinear)
     return _by(layer.weight.shape)
 
 
 def _kept(layer: nn.Module) -> str:
-    assert isinstance(layer, MaskedConv2d)
+    assert isinstance(layer, MaskedConv2d | MaskedLinear)
     return f"{1 - layer.sparsity:.1%}"
 
 

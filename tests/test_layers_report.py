@@ -51,6 +51,19 @@ def test_the_table_sets_each_path_beside_the_dense_layer(masked):
     assert third.index("cudnn") == first.index("skip")
 
 
+def test_a_linear_layer_stands_beside_cublas():
+    model = nn.Sequential(nn.Linear(64, 128))
+    mask_model(model, rtk.Ticket({"0": torch.eye(128, 64) > 0}))
+    times = {"blocks64": (0.25, 0.3, 0.5), "cublas": (0.5, 0.25, 0.5), "blocks32": (None,) * 3}
+    found = [LayerTimes("0", (8, 3, 64), 0.5, times)]
+    _, row, sums = layers_report.table(model, found).splitlines()
+    assert row.split() == [
+        *("0", "8x3x64", "128x64", "0.8%", "50%", "blocks64", "0.2500", "0.5000"),
+        *("cublas", "0.2500", "0.2500", "cublas", "0.5000", "0.5000"),
+    ]
+    assert sums.split() == ["all", "0.2500", "0.5000", "0.2500", "0.2500", "0.5000", "0.5000"]
+
+
 def test_a_ticket_without_convolutions_is_refused():
     model = mask_model(nn.Sequential(nn.Linear(2, 2)), rtk.Ticket({"0": torch.ones(2, 2).bool()}))
     with pytest.raises(RtkError, match="masks no convolution; expected one as `rtk draw` makes it"):

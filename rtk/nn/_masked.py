@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from rtk.ops.prepare_weight import apply_mask, check_mask
 
+# By the input's shape: the paths of the forward, the input's and the weight's gradient.
+Paths = dict[tuple[int, ...], tuple[str, str, str]]
+
 
 class MaskedLayer(nn.Module):
     """Mixin for a layer with a `weight` that is used times a `mask`.
@@ -103,3 +106,8 @@ def fold_into(plain: nn.Module, layer: MaskedLayer) -> None:
         bias = layer.bias
         plain.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     plain.train(layer.training)
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

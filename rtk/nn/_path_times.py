@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,15 @@ from rtk.nn._graph_ms import graph_ms
 from rtk.nn._layer_times import Times
 from rtk.nn.masked_conv2d import MaskedConv2d
 from rtk.ops import tuning, turn_filter
+from rtk.ops._block_paths import BLOCK_PATHS, why_not_fast
 from rtk.ops._conv_paths import (
     BWD_WEIGHT_PATHS,
     CUDNN,
+    DENSITY,
     NO_LISTS,
     PATHS,
     lists_of,
+    reads_turned,
     takes_bwd_weight,
     whole_mask,
     why_not_bwd_weight_path,
@@ -29,15 +32,17 @@ from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 Convolution = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
 
-_Run = Callable[[str, Tensor | None, int], object]
+Run = Callable[[str, Tensor | None, int], object]
 _WhyNot = Callable[[str, MaskedConv2d, Convolution, Tensor, Tensor], str | None]
 
-_HOPELESS = 2.0  # times cuDNN's time: after a few calls, no more
+_HOPELESS = 2.0  # times the dense path's time: after a few calls, no more
 _MOST_COPIES = 10  # of what a layer is timed on: as many as `graph_ms` makes calls
+_MOST_LIVE = 0.75  # of the blocks, where a product of matrices may still win
+_FEWER = 0.9  # times the share of larger blocks, which are faster
 
 
 def path_times(
-    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
+    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], densities: Mapping[str, float]
 ) -> dict[str, Times]:
     """Measure a layer on random activations, as CUDA graph replays.
 
@@ -48,22 +53,25 @@ def path_times(
         layer: on a GPU.
         prepared: its weight, masked, in bf16 and channels_last.
         shape: (N, C, H, W) of its input.
-        density: the share of the blocks of `prepared` that are not all zero.
+        densities: by path, the share of the blocks of `prepared` that are not all zero.
 
     Returns:
-        By path, milliseconds of (forward, input gradient, weight gradient); None: cannot be taken.
+        By path, milliseconds of (forward, input gradient, weight gradient); None: cannot be taken,
+        or is hopeless.
     """
-    conv, grad, x, ways = _ways(layer, prepared, shape, density)
+    conv, grad, x, ways = _ways(layer, prepared, shape, densities)
     times: dict[str, Times] = {}
     for path in PATHS:
         found: list[float | None] = []
-        for way, (run, of, why_not) in enumerate(ways):
-            if path != "cudnn" and why_not(path, layer, conv, grad, x) is not None:
+        for way, (run, given, why_not) in enumerate(ways):
+            if path != "cudnn" and (
+                why_not(path, layer, conv, grad, x) is not None or is_hopeless(path, densities)
+            ):
                 found.append(None)
                 continue
             cudnn = times["cudnn"][way] if path != "cudnn" else None
             with tuning():
-                found.append(_ms(run, path, of, cudnn))
+                found.append(ms(run, path, _sources(path, way, given), lists_of, cudnn))
         forward_ms, bwd_input_ms, bwd_weight_ms = found
         times[path] = forward_ms, bwd_input_ms, bwd_weight_ms
     return times
@@ -73,17 +81,17 @@ def rehearse(
     layer: MaskedConv2d,
     prepared: Tensor,
     shape: tuple[int, ...],
-    density: float,
+    densities: Mapping[str, float],
     paths: tuple[str, str, str],
 ) -> None:
     """Run the paths once, as measuring does: kernels are compiled, their tiles chosen.
 
     A CUDA graph that is captured later finds that done; during a capture it could not be.
     """
-    *_, ways = _ways(layer, prepared, shape, density)
-    for path, (run, of, _) in zip(paths, ways, strict=True):
+    *_, ways = _ways(layer, prepared, shape, densities)
+    for way, (path, (run, given, _)) in enumerate(zip(paths, ways, strict=True)):
         if path != "cudnn":
-            [lists] = lists_of(path, of[:1])
+            [lists] = lists_of(path, _sources(path, way, given[:1]))
             with tuning():
                 run(path, lists, 0)
 
@@ -99,13 +107,20 @@ class _Given(NamedTuple):
     turned: Tensor
 
 
+def _sources(path: str, way: int, copies: Sequence[_Given]) -> list[Tensor]:
+    """Return what the lists of a path of a way are made of, of each copy."""
+    if way == 2:
+        return [whole_mask(given.weight, given.mask) for given in copies]
+    return [given.turned if reads_turned(path, way) else given.prepared for given in copies]
+
+
 def _ways(
-    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], density: float
-) -> tuple[Convolution, Tensor, Tensor, tuple[tuple[_Run, list[Tensor], _WhyNot], ...]]:
+    layer: MaskedConv2d, prepared: Tensor, shape: tuple[int, ...], densities: Mapping[str, float]
+) -> tuple[Convolution, Tensor, Tensor, tuple[tuple[Run, list[_Given], _WhyNot], ...]]:
     """Return the convolution, a gradient and an input, and what makes the three ways of them.
 
-    A way is called with a path, its lists and the number of the call; beside it stands what the
-    lists of each copy are made of.
+    A way is called with a path, its lists and the number of the call; beside it stand the copies
+    that it reads.
     """
     turned = turn_filter(prepared)
     conv = convolution(layer)
@@ -114,42 +129,40 @@ def _ways(
     x = x.contiguous(memory_format=torch.channels_last)
     grad = torch.randn_like(masked_conv2d_prepared(x, weight, mask, prepared, turned, None, *conv))
     copies = [_Given(x, grad, weight, mask, prepared, turned)]
-    for _ in range(_copies(x.nbytes + grad.nbytes, x.device) - 1):
+    for _ in range(count_copies(x.nbytes + grad.nbytes, x.device) - 1):
         copies.append(_Given(*(tensor.clone() for tensor in copies[0])))
+
+    def density_of(path: str) -> float:
+        return densities.get(path, DENSITY)
 
     def forward(path: str, lists: Tensor | None, call: int) -> Tensor:
         given = copies[call % len(copies)]
-        return masked_conv2d_prepared(
-            given.x, *given[2:], None, *conv, (path, *CUDNN[1:]), (lists, *NO_LISTS[1:])
-        )
+        how = (path, *CUDNN[1:]), (lists, *NO_LISTS[1:]), [density_of(path)] * 3
+        return masked_conv2d_prepared(given.x, *given[2:], None, *conv, *how)
 
     def bwd_input(path: str, lists: Tensor | None, call: int) -> Tensor:
         given = copies[call % len(copies)]
         result: Tensor = torch.ops.rtk.masked_conv2d_bwd_input(
-            given.grad, given.prepared, given.turned, shape, *conv, path, lists
+            given.grad, given.prepared, given.turned, shape, *conv, path, lists, density_of(path)
         )
         return result
 
     def bwd_weight(path: str, lists: Tensor | None, call: int) -> list[Tensor]:
         x, grad, weight, mask, *_ = copies[call % len(copies)]
         result: list[Tensor] = torch.ops.rtk.masked_conv2d_bwd_weight(
-            grad, x, weight, mask, *conv, [True, False], path, lists, density
+            grad, x, weight, mask, *conv, [True, False], path, lists, density_of(path)
         )
         return result
 
-    ways: tuple[tuple[_Run, list[Tensor], _WhyNot], ...] = (
-        (forward, [given.prepared for given in copies], _why_not),
-        (bwd_input, [given.turned for given in copies], _why_not),
-        (
-            bwd_weight,
-            [whole_mask(given.weight, given.mask) for given in copies],
-            _why_not_bwd_weight,
-        ),
+    ways: tuple[tuple[Run, list[_Given], _WhyNot], ...] = (
+        (forward, copies, _why_not),
+        (bwd_input, copies, _why_not),
+        (bwd_weight, copies, _why_not_bwd_weight),
     )
     return conv, grad, x, ways
 
 
-def _copies(size: int, device: torch.device) -> int:
+def count_copies(size: int, device: torch.device) -> int:
     """Return how many copies of `size` bytes the L2 cache cannot hold together."""
     if device.type != "cuda":
         return 1
@@ -164,14 +177,36 @@ def convolution(layer: MaskedConv2d) -> Convolution:
     return stride, padding, dilation, layer.groups
 
 
-def _ms(run: _Run, path: str, of: list[Tensor], cudnn: float | None) -> float:
-    """Return milliseconds of a call; the lists of all are made first, as a model's forward does."""
+def ms(
+    run: Run,
+    path: str,
+    of: Sequence[Tensor],
+    make_lists: Callable[[str, Sequence[Tensor]], Sequence[Tensor | None]],
+    dense: float | None,
+) -> float:
+    """Return milliseconds of a call; the lists of all are made first, as a model's forward does.
+
+    `dense` is what the dense path took; None measures that one.
+    """
 
     def calls(count: int) -> None:
-        for call, lists in enumerate(lists_of(path, [of[i % len(of)] for i in range(count)])):
+        for call, lists in enumerate(make_lists(path, [of[i % len(of)] for i in range(count)])):
             run(path, lists, call)
 
-    return graph_ms(calls) if cudnn is None else graph_ms(calls, enough=_HOPELESS * cudnn)
+    return graph_ms(calls) if dense is None else graph_ms(calls, enough=_HOPELESS * dense)
+
+
+def is_hopeless(path: str, densities: Mapping[str, float]) -> bool:
+    """Whether a product of these blocks need not be timed, whose kernels take long to compile.
+
+    Too many of them are alive, or no smaller a share than of larger ones.
+    """
+    if path not in BLOCK_PATHS:
+        return False
+    size, share = BLOCK_PATHS[path], densities.get(path, 1.0)
+    larger = [densities[each] for each in BLOCK_PATHS
+              if BLOCK_PATHS[each] > size and each in densities]  # fmt: skip
+    return share > _MOST_LIVE or any(share > _FEWER * each for each in larger)
 
 
 def _why_not(path: str, layer: MaskedConv2d, conv: Convolution, *_: Tensor) -> str | None:
@@ -180,11 +215,18 @@ def _why_not(path: str, layer: MaskedConv2d, conv: Convolution, *_: Tensor) -> s
         return "its mask is learned"
     if torch.cuda.get_device_capability(layer.weight.device) != (9, 0):
         return "the kernel is for compute capability 9.0"
+    if path in BLOCK_PATHS:
+        return why_not_path(path, layer.weight, *conv) or _why_not_blocks(path, layer)
     k, c, taps, _s = layer.weight.shape
     multiple = 64 if path == "skip" else 8
     if c % multiple or k % multiple or taps > 3:
         return f"the kernel takes channels in multiples of {multiple}, and filters of up to 3x3"
     return why_not_path(path, layer.weight, *conv)
+
+
+def _why_not_blocks(path: str, layer: MaskedConv2d) -> str | None:
+    rows = layer.weight.new_empty(1, layer.weight.shape[1], dtype=torch.bfloat16)
+    return why_not_fast(rows, layer.weight.detach().flatten(1), path)
 
 
 def _why_not_bwd_weight(
@@ -196,7 +238,9 @@ def _why_not_bwd_weight(
     weight, mask = layer.weight, layer.mask
     if not takes_bwd_weight(path, grad, x, weight, mask, False):
         return "it takes a bool mask, and an fp32 weight in channels_last"
-    reason = why_not_bwd_weight_path(path, weight, conv[3])
+    reason = why_not_bwd_weight_path(path, weight, *conv)
+    if path in BLOCK_PATHS:
+        return reason or _why_not_blocks(path, layer)
     if reason is None:
         last = memory_format(weight) == torch.channels_last
         [words] = lists_of(path, [whole_mask(weight, mask)])

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rtk.nn._masked import Paths, capturing
 from rtk.nn._trace import harmless
-from rtk.nn.masked_conv2d import LISTS_OF, MaskedConv2d, Paths, PreparedWeight
-from rtk.ops._conv_paths import CUDNN, PATHS, lists_of, whole_mask
+from rtk.nn.masked_conv2d import MaskedConv2d, PreparedWeight
+from rtk.ops import engine
+from rtk.ops._conv_paths import CUDNN, PATHS, lists_of, reads_turned, whole_mask
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.prepare_weight import prepare_all_now
 
@@ -54,7 +56,7 @@ class _Plan:
         leaves = [layer.weight for layer in folded]
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in self.weights):
             leaves = _Prepared.apply(self.masks, leaves, *self.weights)
-        eager = self.weights[0].is_cuda and not _capturing()
+        eager = self.weights[0].is_cuda and not capturing()
         paths = [layer._eager_paths_for if eager else layer._paths_for for layer in self.layers]
         every = self._lists(folded, paths)
         for layer, ready, leaf, taken, lists in zip(
@@ -72,21 +74,23 @@ class _Plan:
 
     def _lists(
         self, folded: list[FoldedLayer], paths: list[Paths]
-    ) -> list[dict[tuple[str, int], Tensor | None]]:
+    ) -> list[dict[tuple[str, bool], Tensor | None]]:
         """Make the lists of all layers, one call a path."""
-        wanted: dict[str, dict[tuple[int, int], Tensor]] = {path: {} for path in PATHS[1:]}
+        wanted: dict[str, dict[tuple[int, bool], Tensor]] = {path: {} for path in PATHS[1:]}
         for i, (layer, ready, taken) in enumerate(zip(self.layers, folded, paths, strict=True)):
             if all(each == CUDNN for each in taken.values()):
                 continue
-            sources = [ready.weight]  # by way
+            ways = 1
             if torch.is_grad_enabled():
-                sources.append(ready.turned)
-                if layer.weight.requires_grad:  # its words serve the forward too
-                    sources.append(whole_mask(layer.weight, layer.mask))
-            for way, source in enumerate(sources):
+                ways = 3 if layer.weight.requires_grad else 2
+            for way in range(ways):
                 for path in {each[way] for each in taken.values()} - {"cudnn"}:
-                    wanted[path][i, LISTS_OF[way]] = source
-        lists: list[dict[tuple[str, int], Tensor | None]] = [{} for _ in folded]
+                    turned = reads_turned(path, way)
+                    source = ready.turned if turned else ready.weight
+                    if way == 2:  # the mask's lists serve the other ways too
+                        source = whole_mask(layer.weight, layer.mask)
+                    wanted[path][i, turned] = source
+        lists: list[dict[tuple[str, bool], Tensor | None]] = [{} for _ in folded]
         for path, users in wanted.items():
             made = lists_of(path, list(users.values()))
             for (i, of), each in zip(users, made, strict=True):
@@ -150,10 +154,10 @@ def _before(model: nn.Module, _: Any) -> None:
     plan = _plans.get(model)
     if plan is None or not plan.serves():
         layers = [m for m in model.modules() if type(m) is MaskedConv2d and _serves(m)]
-        if not layers or _capturing():
+        if not layers or capturing():
             return
         plan = _plans[model] = _Plan(layers)
-    if not (_capturing() and plan.fold.moved):
+    if not (capturing() and plan.fold.moved):
         plan.run()
 
 
@@ -168,7 +172,8 @@ def _after(model: nn.Module, *_: Any) -> None:
 
 def _wanted() -> bool:
     return (
-        torch.is_autocast_enabled("cuda")
+        engine.is_on()
+        and torch.is_autocast_enabled("cuda")
         and torch.get_autocast_dtype("cuda") == torch.bfloat16
         and not torch._C._are_functorch_transforms_active()
     )
@@ -185,7 +190,3 @@ def _serves(layer: MaskedConv2d) -> bool:
         and weight.is_contiguous(memory_format=torch.channels_last)
         and not isinstance(layer.padding, str)
     )
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtk import ops
-from rtk.nn._masked import MaskedLayer, adopt, fold_into
-from rtk.ops._conv_paths import CUDNN
+from rtk.nn._masked import MaskedLayer, Paths, adopt, fold_into
+from rtk.ops import engine
+from rtk.ops._conv_paths import CUDNN, reads_turned
 from rtk.ops._fused_conv2d_cuda import DENSITY
 from rtk.ops._registry import is_forced
 from rtk.ops.masked_conv2d import masked_conv2d_prepared
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # by autocast
-LISTS_OF = (0, 1, 0)  # by way: forward, input gradient, weight gradient; see PreparedWeight.lists
-
-
-# By the input's shape: the paths of the forward, the input's and the weight's gradient.
-Paths = dict[tuple[int, ...], tuple[str, str, str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +30,19 @@ class PreparedWeight:
         turned: `ops.turn_filter(weight)`.
         leaf: the same memory as `weight`; its gradient becomes the layer's.
         paths: by the input's shape, what is fastest of the forward and the gradients.
-        lists: what paths other than cuDNN read, by path and by what it is of: 0 the weight, for
-            the forward and for the weight's gradient, 1 `turned`, for the input's gradient.
+        lists: what paths other than cuDNN read, by path and by whether it is of `turned`, which is
+            what most read for the input's gradient.
     """
 
     weight: Tensor
     turned: Tensor
     leaf: Tensor
     paths: Paths
-    lists: dict[tuple[str, int], Tensor | None]
+    lists: dict[tuple[str, bool], Tensor | None]
+
+    def lists_for(self, paths: Sequence[str]) -> list[Tensor | None]:
+        """Return what the paths of the forward, the input's and the weight's gradient read."""
+        return [self.lists.get((path, reads_turned(path, way))) for way, path in enumerate(paths)]
 
 
 def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
@@ -71,7 +72,6 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     _legend = "(K, C, R, S)"
     _prepared: PreparedWeight | None = None  # by the model's forward, while that runs
-    _density: float = DENSITY  # of live blocks, as `rtk.nn.tune` found it
 
     def __init__(self, *args: Any, mask: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,6 +79,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         # and eagerly.
         self._paths_for: Paths = {}
         self._eager_paths_for: Paths = {}
+        self._densities: dict[str, float] = {}  # of live blocks, by path, as it found them
         self._init_mask(mask)
 
     @classmethod
@@ -89,6 +90,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
+        if not engine.is_on():
+            return self._conv_forward(input, self.weight * self.mask, self.bias)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -112,8 +115,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
                 self.dilation,
                 self.groups,
                 paths,
-                [ready.lists.get((path, of)) for path, of in zip(paths, LISTS_OF, strict=True)],
-                self._density,
+                ready.lists_for(paths),
+                [self._densities.get(path, DENSITY) for path in paths],
             )
         return ops.masked_conv2d(
             input,

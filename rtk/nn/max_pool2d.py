@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rtk import ops
+from rtk.ops import engine
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -13,7 +14,8 @@ class MaxPool2d(nn.MaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         ours = (
-            input.is_cuda
+            engine.is_on()
+            and input.is_cuda
             and self._is_stem
             and input.dim() == 4
             and input.is_contiguous(memory_format=torch.channels_last)

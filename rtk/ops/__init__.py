@@ -8,6 +8,7 @@ from rtk.ops.conv2d_bwd_weight import conv2d_bwd_weight_live
 from rtk.ops.fold_weights import FoldedLayer, FoldLayer, FoldPlan
 from rtk.ops.fused_conv2d import fused_conv2d, fused_conv2d_bwd_input, turn_filter
 from rtk.ops.gaussian_noise import gaussian_noise
+from rtk.ops.live_blocks import live_blocks
 from rtk.ops.live_tiles import live_tiles
 from rtk.ops.masked_conv2d import masked_conv2d
 from rtk.ops.max_pool2d import max_pool2d
@@ -34,6 +35,7 @@ __all__ = [
     "fused_conv2d",
     "fused_conv2d_bwd_input",
     "gaussian_noise",
+    "live_blocks",
     "live_tiles",
     "masked_conv2d",
     "max_pool2d",

@@ -5,6 +5,9 @@
 are made on the GPU: of the prepared weight, and for the input gradient of the turned one. The
 weight gradient can skip, by the words of the mask: a weight that is zero but kept has a gradient.
 Those words serve the forward as well, as they name every block that is not zero.
+
+A 1x1 filter that visits every pixel is a matrix, and in channels_last an image's pixels are rows:
+"blocks32", "blocks64" and "blocks128" are `block_matmul` of them, all three ways by `live_blocks`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rtk.errors import check_choice
+from rtk.ops import _block_paths
+from rtk.ops._block_paths import BLOCK_PATHS, blocks_of, why_not_blocks
 from rtk.ops._fused_conv2d_cuda import DENSITY
 from rtk.ops._layout import memory_format
 from rtk.ops.conv2d_bwd_weight import conv2d_bwd_weight_live
@@ -23,12 +28,13 @@ from rtk.ops.live_tiles import BLOCK, live_tiles
 from rtk.ops.sparse_columns import TAPS, sparse_columns
 from rtk.ops.sparse_conv2d import sparse_conv2d, sparse_conv2d_bwd_input
 
-PATHS = ("cudnn", "skip", "sparse")
-BWD_WEIGHT_PATHS = PATHS[:2]
+PATHS = ("cudnn", "skip", "sparse", *BLOCK_PATHS)
+BWD_WEIGHT_PATHS = ("cudnn", "skip", *BLOCK_PATHS)
 
 # Of the forward, the input gradient and the weight gradient, in this order.
 CUDNN = ("cudnn", "cudnn", "cudnn")
 NO_LISTS = (None, None, None)
+DENSITIES = (DENSITY, DENSITY, DENSITY)
 
 
 def why_not_path(
@@ -54,12 +60,25 @@ def why_not_path(
         return f"it has more than {BLOCK**2} input channels"
     if path == "sparse" and taps > TAPS:
         return f"its filter is larger than {TAPS} x {TAPS}"
+    if path in BLOCK_PATHS:
+        if taps != 1 or stride[0] != 1:
+            return "it is for 1x1 filters of stride 1"
+        return why_not_blocks(path, *weight.shape[:2])
     return None
 
 
-def why_not_bwd_weight_path(path: str, weight: Tensor, groups: int) -> str | None:
+def why_not_bwd_weight_path(
+    path: str,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
     """Return why a weight gradient cannot take `path`, or None where it can."""
     check_choice("path of the weight gradient", path, BWD_WEIGHT_PATHS)
+    if path in BLOCK_PATHS:
+        return why_not_path(path, weight, stride, padding, dilation, groups)
     if path == "skip" and groups != 1:
         return "it has groups"
     if path == "skip" and weight.shape[1] > BLOCK**2:
@@ -67,12 +86,22 @@ def why_not_bwd_weight_path(path: str, weight: Tensor, groups: int) -> str | Non
     return None
 
 
+def reads_turned(path: str, way: int) -> bool:
+    """Whether the lists of a way (0 forward, 1 input gradient, 2 weight gradient) are of `turned`.
+
+    Others are of the weight, or of its mask in its shape.
+    """
+    return way == 1 and path not in BLOCK_PATHS
+
+
 def lists_of(path: str, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """Return what `path` reads beside each weight.
 
-    That is the prepared weight, for the input gradient the turned one, and for the weight gradient
-    the `whole_mask`.
+    That is the prepared weight, for the input gradient the turned one (but see `reads_turned`), and
+    for the weight gradient the `whole_mask`.
     """
+    if path in BLOCK_PATHS:
+        return [blocks_of(path, weight) for weight in weights]
     if path == "skip":
         return [live_tiles(weight) for weight in weights]
     if path == "sparse":
@@ -117,10 +146,18 @@ def forward(
     bias: Tensor | None,
     stride: int,
     padding: int,
+    density: float = DENSITY,
 ) -> Tensor:
-    """Convolve on a path that `takes` the input; lists None are made here."""
+    """Convolve on a path that `takes` the input; lists None are made here.
+
+    `density` is the share of blocks that are alive, as far as it is known.
+    """
     if lists is None:
         [lists] = lists_of(path, [prepared])
+    if path in BLOCK_PATHS:
+        assert lists is not None
+        out = _block_paths.multiply(path, lists, _pixels(input), prepared.flatten(1), density)
+        return _images(out if bias is None else out.add_(bias))
     if path == "skip":
         return fused_conv2d(input, prepared, bias, live=lists, stride=stride, padding=padding)
     assert lists is not None
@@ -136,8 +173,13 @@ def bwd_input(
     input_size: Sequence[int],
     stride: int,
     padding: int,
+    density: float = DENSITY,
 ) -> Tensor:
     """Return the gradient of an input (H, W) on a path that `takes` grad; see `forward`."""
+    if path in BLOCK_PATHS:
+        blocks = blocks_of(path, prepared) if lists is None else lists
+        given = _pixels(grad), prepared.flatten(1), density
+        return _images(_block_paths.bwd_input(path, blocks, *given))
     if lists is None or path == "skip":
         turned = turn_filter(prepared) if turned is None else turned
     if lists is None:
@@ -156,6 +198,7 @@ def bwd_input(
 
 
 def bwd_weight(
+    path: str,
     lists: Tensor | None,
     grad: Tensor,
     input: Tensor,
@@ -166,13 +209,14 @@ def bwd_weight(
     dilation: Sequence[int],
     density: float = DENSITY,
 ) -> Tensor:
-    """Return the weight's gradient in its own format, masked, of live blocks only; see `forward`.
-
-    `density` is the share of blocks that are alive, as far as it is known.
-    """
+    """Return the weight's gradient in its own format, masked; only live blocks are computed."""
     if lists is None:
-        [lists] = lists_of("skip", [whole_mask(weight, mask)])
+        [lists] = lists_of(path, [whole_mask(weight, mask)])
     assert lists is not None
+    if path in BLOCK_PATHS:
+        matrices = weight.flatten(1), whole_mask(weight, mask).flatten(1)
+        given = _pixels(grad), _pixels(input), *matrices, density
+        return _block_paths.bwd_weight(path, lists, *given).view(weight.shape)
     return conv2d_bwd_weight_live(
         grad,
         input,
@@ -185,3 +229,17 @@ def bwd_weight(
         channels_last=memory_format(weight) == torch.channels_last,
         density=density,
     )
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """Return (N, C, H, W) as (N, H, W, C)."""
+    return images.permute(0, 2, 3, 1)
+
+
+def _images(pixels: Tensor) -> Tensor:
+    """Undo `_pixels` for a fresh tensor.
+
+    Autograd must not see a view in it: one that a custom function returns must not be changed in
+    place, and an activation that follows may do so.
+    """
+    return pixels.permute(0, 3, 1, 2).data

@@ -35,7 +35,7 @@ def convolve(
     conv: Conv,
     paths: Sequence[str] = _conv_paths.CUDNN,
     lists: Sequence[Tensor | None] = _conv_paths.NO_LISTS,
-    density: float = _conv_paths.DENSITY,
+    densities: Sequence[float] = _conv_paths.DENSITIES,
 ) -> Tensor | None:
     """Return the convolution, or None where it is the operators' to do, or to refuse.
 
@@ -66,7 +66,7 @@ def convolve(
     if tuple(paths) != _conv_paths.CUDNN and _why_not(paths, weight, conv) is not None:
         return None
     result: Tensor = _Convolve.apply(
-        input, weight, mask, prepared, turned, bias, conv, paths, lists, density
+        input, weight, mask, prepared, turned, bias, conv, paths, lists, densities
     )
     return result
 
@@ -74,7 +74,7 @@ def convolve(
 def _why_not(paths: Sequence[str], weight: Tensor, conv: Conv) -> str | None:
     *ways, of_weight = paths
     reasons = [_conv_paths.why_not_path(path, weight, *conv) for path in ways]
-    reasons.append(_conv_paths.why_not_bwd_weight_path(of_weight, weight, conv[3]))
+    reasons.append(_conv_paths.why_not_bwd_weight_path(of_weight, weight, *conv))
     return next(filter(None, reasons), None)
 
 
@@ -96,16 +96,16 @@ class _Convolve(torch.autograd.Function):
         conv: Conv,
         paths: Sequence[str],
         lists: Sequence[Tensor | None],
-        density: float,
+        densities: Sequence[float],
     ) -> Tensor:
         if prepared is None:
             prepared = prepare_now(weight, mask, input.dtype, wants_channels_last(input, weight))
         ctx.save_for_backward(input, weight, mask, prepared, turned, *lists[1:])
-        ctx.conv, ctx.paths, ctx.density = conv, paths[1:], density
+        ctx.conv, ctx.paths, ctx.densities = conv, paths[1:], densities[1:]
         ctx.bias = None if bias is None else bias.dtype
         if _conv_paths.takes(paths[0], input):
-            sizes = conv[0][0], conv[1][0]
-            return _conv_paths.forward(paths[0], lists[0], input, prepared, bias, *sizes)
+            how = conv[0][0], conv[1][0], densities[0]
+            return _conv_paths.forward(paths[0], lists[0], input, prepared, bias, *how)
         bias = None if bias is None else bias.to(input.dtype)
         return torch.ops.aten.convolution(input, prepared, bias, *_aten(conv))
 
@@ -126,13 +126,13 @@ class _Convolve(torch.autograd.Function):
                 input.shape[2:],
                 stride[0],
                 padding[0],
+                ctx.densities[0],
             )
         if needs[1] and _conv_paths.takes_bwd_weight(
             ctx.paths[1], grad, input, weight, mask, False
         ):
-            grad_weight = _conv_paths.bwd_weight(
-                lists[1], grad, input, weight, mask, stride, padding, dilation, ctx.density
-            )
+            given = grad, input, weight, mask, stride, padding, dilation, ctx.densities[1]
+            grad_weight = _conv_paths.bwd_weight(ctx.paths[1], lists[1], *given)
         left = [needs[0] and grad_input is None, needs[1] and grad_weight is None, False]
         if any(left):
             of_input, dense, _ = torch.ops.aten.convolution_backward(

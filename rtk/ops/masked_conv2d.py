@@ -16,8 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from rtk.errors import check_choice
 from rtk.ops import _compiled, _conv_paths, _masked_conv2d_eager
-from rtk.ops._conv_paths import CUDNN, NO_LISTS, why_not_bwd_weight_path, why_not_path
-from rtk.ops._fused_conv2d_cuda import DENSITY
+from rtk.ops._conv_paths import (
+    CUDNN,
+    DENSITIES,
+    NO_LISTS,
+    why_not_bwd_weight_path,
+    why_not_path,
+)
 from rtk.ops._layout import memory_format
 from rtk.ops._registry import Op, require
 from rtk.ops.prepare_weight import (
@@ -236,7 +241,7 @@ def masked_conv2d_prepared(
     groups: int,
     paths: Sequence[str] = CUDNN,
     lists: Sequence[Tensor | None] = NO_LISTS,
-    density: float = DENSITY,
+    densities: Sequence[float] = DENSITIES,
 ) -> Tensor:
     """`masked_conv2d` for whoever has prepared the weight already, as a model does for all layers.
 
@@ -250,16 +255,19 @@ def masked_conv2d_prepared(
             "cudnn"; None makes it where it is needed.
         bias, stride, padding, dilation, groups: as for `masked_conv2d`.
         paths: of the forward, of the input's and of the weight's gradient: "cudnn"; "skip", which
-            passes over blocks of 64 x 64 weights that are all zero; or, not of the weight's
-            gradient, "sparse", which multiplies only by weights that are not. `rtk.nn.tune`
-            measures which is faster, `why_not_path` and `why_not_bwd_weight_path` say what cannot.
-            A path serves bf16 in channels_last on a GPU, and of the weight's gradient a bool mask
-            and an fp32 weight in channels_last; anything else is cuDNN's.
+            passes over blocks of 64 x 64 weights that are all zero; "blocks32", "blocks64" or
+            "blocks128", which do so as a product of matrices, for 1x1 filters; or, not of the
+            weight's gradient, "sparse", which multiplies only by weights that are not zero.
+            `rtk.nn.tune` measures which is faster, `why_not_path` and `why_not_bwd_weight_path` say
+            what cannot. A path serves bf16 in channels_last on a GPU, and of the weight's gradient
+            a bool mask and an fp32 weight in channels_last; anything else is cuDNN's.
         lists: what the paths read: `live_tiles` or `sparse_columns` of `prepared`, of `turned`, and
             for the weight's gradient `live_tiles` of the mask in the weight's shape, which may
-            stand in the forward's place too; None makes them where they are needed.
-        density: the share of blocks that are alive, 0 to 1, as far as it is known without asking
-            the GPU; how the weight's gradient is cut up, nothing else.
+            stand in the forward's place too; `live_blocks` of `prepared` or of the mask for both
+            ways of a product, of the mask for the weight's gradient; None makes them where they are
+            needed.
+        densities: of each way the share of its path's blocks that are alive, 0 to 1, as far as it
+            is known without asking the GPU; how the work is cut up, nothing else.
 
     Returns:
         What `masked_conv2d` returns, with its gradients.
@@ -269,19 +277,21 @@ def masked_conv2d_prepared(
             that cannot be taken.
     """
     require(
-        len(paths) == len(lists) == 3,
-        "masked_conv2d_prepared: paths and lists are of the forward, of the input's and of the "
-        "weight's gradient, got %s and %s of them",
+        len(paths) == len(lists) == len(densities) == 3,
+        "masked_conv2d_prepared: paths, lists and densities are of the forward, of the input's and "
+        "of the weight's gradient, got %s, %s and %s of them",
         len(paths),
         len(lists),
+        len(densities),
     )
     conv = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation), groups
     result = _masked_conv2d_eager.convolve(
-        input, weight, mask, prepared, turned, bias, conv, paths, lists, density
+        input, weight, mask, prepared, turned, bias, conv, paths, lists, densities
     )
     if result is not None:
         return result
-    return _op_prepared(input, weight, mask, prepared, turned, bias, *conv, *paths, *lists, density)
+    given = input, weight, mask, prepared, turned, bias, *conv
+    return _op_prepared(*given, *paths, *lists, [*densities])
 
 
 def _check_prepared(
@@ -293,7 +303,7 @@ def _check_prepared(
     bias: Tensor | None,
     *conv_and_paths: Any,
 ) -> None:
-    *conv, path, input_path, weight_path, _, _, _, density = conv_and_paths
+    *conv, path, input_path, weight_path, _, _, _, densities = conv_and_paths
     _check(input, weight, mask, bias, *conv)
     k, c, *taps = weight.shape
     for name, tensor, shape in (("prepared", prepared, (k, c)), ("turned", turned, (c, k))):
@@ -314,12 +324,17 @@ def _check_prepared(
     for each in (path, input_path):
         reason = why_not_path(each, weight, *conv)
         require(reason is None, "masked_conv2d_prepared: path %r cannot be: %s", each, reason)
-    _check_bwd_weight_path("masked_conv2d_prepared", weight_path, weight, conv[3], density)
+    _check_bwd_weight_path("masked_conv2d_prepared", weight_path, weight, conv)
+    for density in densities:
+        _check_density("masked_conv2d_prepared", density)
 
 
-def _check_bwd_weight_path(op: str, path: str, weight: Tensor, groups: int, density: float) -> None:
-    reason = why_not_bwd_weight_path(path, weight, groups)
+def _check_bwd_weight_path(op: str, path: str, weight: Tensor, conv: Sequence[Any]) -> None:
+    reason = why_not_bwd_weight_path(path, weight, *conv)
     require(reason is None, "%s: path %r of the weight gradient cannot be: %s", op, path, reason)
+
+
+def _check_density(op: str, density: float) -> None:
     require(0 <= density <= 1, "%s: density must be 0 to 1, got %s", op, density)
 
 
@@ -344,18 +359,19 @@ def _forward_on_path(
     bias: Tensor | None,
     *conv_and_paths: Any,
 ) -> Tensor:
-    *conv, path, _, _, lists, _, _, _ = conv_and_paths
+    *conv, path, _, _, lists, _, _, densities = conv_and_paths
     if not _conv_paths.takes(path, input):
         return _convolve(input, prepared, bias, *conv)
     (stride, _), (padding, _) = conv[:2]
-    return _conv_paths.forward(path, lists, input, prepared, bias, stride, padding)
+    given = input, prepared, bias, stride, padding, densities[0]
+    return _conv_paths.forward(path, lists, *given)
 
 
 _op_prepared = Op(
     "masked_conv2d_prepared(Tensor input, Tensor weight, Tensor mask, Tensor prepared, "
     "Tensor? turned, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "SymInt groups, str path, str bwd_input_path, str bwd_weight_path, Tensor? lists, "
-    "Tensor? bwd_input_lists, Tensor? bwd_weight_lists, float density) -> Tensor",
+    "Tensor? bwd_input_lists, Tensor? bwd_weight_lists, float[] densities) -> Tensor",
     _check_prepared,
     _forward_prepared,
 )
@@ -373,6 +389,7 @@ def _check_bwd_input(
     groups: int,
     path: str,
     lists: Tensor | None,
+    density: float,
 ) -> None:
     require(
         len(input_size) == 4 and input_size[1] == prepared.shape[1] * groups,
@@ -382,6 +399,7 @@ def _check_bwd_input(
     )
     reason = why_not_path(path, prepared, stride, padding, dilation, groups)
     require(reason is None, "masked_conv2d_bwd_input: path %r cannot be: %s", path, reason)
+    _check_density("masked_conv2d_bwd_input", density)
 
 
 def _bwd_input(
@@ -393,7 +411,7 @@ def _bwd_input(
 ) -> Tensor:
     if any(isinstance(size, int) and size == 0 for size in input_size):
         return grad.new_empty(input_size)  # for no images, torch's fake has other strides
-    conv = conv_and_path[:-2]
+    conv = conv_and_path[:-3]
     channels_last = torch.channels_last in (memory_format(grad), memory_format(prepared))
     if channels_last and grad.device.type != "cpu" and conv[-1] == 1:
         return transposed_convolution(grad, prepared, input_size, *conv[:-1])
@@ -432,19 +450,19 @@ def _bwd_input_on_path(
     input_size: Sequence[int],
     *conv_and_path: Any,
 ) -> Tensor:
-    *conv, path, lists = conv_and_path
+    *conv, path, lists, density = conv_and_path
     if not _conv_paths.takes(path, grad):
         return _bwd_input(grad, prepared, turned, input_size, *conv_and_path)
     (stride, _), (padding, _) = conv[:2]
     return _conv_paths.bwd_input(
-        path, lists, grad, prepared, turned, input_size[2:], stride, padding
+        path, lists, grad, prepared, turned, input_size[2:], stride, padding, density
     )
 
 
 _op_bwd_input = Op(
     "masked_conv2d_bwd_input(Tensor grad, Tensor prepared, Tensor? turned, SymInt[] input_size, "
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str path, "
-    "Tensor? lists) -> Tensor",
+    "Tensor? lists, float density) -> Tensor",
     _check_bwd_input,
     _bwd_input,
 )
@@ -455,7 +473,8 @@ def _check_bwd_weight(
 ) -> None:
     *conv, _, path, _, density = conv_and_more
     _check_conv(input.shape, weight, mask, *conv)
-    _check_bwd_weight_path("masked_conv2d_bwd_weight", path, weight, conv[3], density)
+    _check_bwd_weight_path("masked_conv2d_bwd_weight", path, weight, conv)
+    _check_density("masked_conv2d_bwd_weight", density)
 
 
 def _bwd_weight(
@@ -490,7 +509,7 @@ def _bwd_weight_on_path(
     if not _conv_paths.takes_bwd_weight(path, grad, input, weight, mask, need_mask):
         return _bwd_weight(grad, input, weight, mask, *conv_and_more)
     given = grad, input, weight, mask, stride, padding, dilation
-    return [_conv_paths.bwd_weight(lists, *given, density)]
+    return [_conv_paths.bwd_weight(path, lists, *given, density)]
 
 
 _op_bwd_weight = Op(
@@ -546,7 +565,7 @@ def _run_and_save(
     The activations are kept for the weight's gradient only: an attack does not pay for them.
     """
     need_input, need_weight, need_mask, _ = needs
-    *ctx.conv, _, ctx.input_path, ctx.weight_path, _, lists, live, ctx.density = conv_and_paths
+    *ctx.conv, _, ctx.input_path, ctx.weight_path, _, lists, live, ctx.densities = conv_and_paths
     ctx.save_for_backward(
         input if need_weight or need_mask else None,
         weight,
@@ -568,11 +587,18 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = grad_bias = None
     if need_input:
         grad_input = _op_bwd_input(
-            grad, prepared, turned, ctx.input_size, *ctx.conv, ctx.input_path, lists
+            grad,
+            prepared,
+            turned,
+            ctx.input_size,
+            *ctx.conv,
+            ctx.input_path,
+            lists,
+            ctx.densities[1],
         )
     gradients: list[Tensor] = []
     if need_weight or need_mask:
-        how = [need_weight, need_mask], ctx.weight_path, live, ctx.density
+        how = [need_weight, need_mask], ctx.weight_path, live, ctx.densities[2]
         gradients = _op_bwd_weight(grad, input, weight, mask, *ctx.conv, *how)
     if need_bias:
         grad_bias = grad.sum((0, 2, 3), dtype=ctx.bias_dtype)
@@ -607,7 +633,7 @@ class _Autograd(torch.autograd.Function):
             weight, mask, input.dtype, wants_channels_last(input, weight)
         )
         needs = ctx.needs_input_grad[:4]
-        rest = None, bias, *conv, *CUDNN, *NO_LISTS, DENSITY
+        rest = None, bias, *conv, *CUDNN, *NO_LISTS, [*DENSITIES]
         return _run_and_save(ctx, needs, input, weight, mask, prepared, *rest)
 
     @staticmethod

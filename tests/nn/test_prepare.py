@@ -136,12 +136,12 @@ def test_a_layer_finds_the_lists_of_its_paths(together):
         model(x)
     before, inference = found
     wanted = {
-        ("sparse", 0): sparse_columns(before.weight),
-        ("skip", 1): live_tiles(before.turned),
+        ("sparse", False): sparse_columns(before.weight),
+        ("skip", True): live_tiles(before.turned),
     }
     assert before.lists.keys() == wanted.keys()
     assert all(torch.equal(before.lists[key], wanted[key]) for key in wanted)
-    assert inference.lists.keys() == {("sparse", 0)}  # there is no gradient to come
+    assert inference.lists.keys() == {("sparse", False)}  # there is no gradient to come
 
 
 def test_forward_and_weight_gradient_share_the_words_of_the_mask(together):
@@ -157,9 +157,9 @@ def test_forward_and_weight_gradient_share_the_words_of_the_mask(together):
     with torch.autocast("cpu", torch.bfloat16):
         model(x)
     training, frozen = (prepared.lists for prepared in found)
-    assert training.keys() == frozen.keys() == {("skip", 0)}
-    assert torch.equal(training["skip", 0], live_tiles(layer.mask))
-    assert not frozen["skip", 0].any()  # of the weight, all of which is zero
+    assert training.keys() == frozen.keys() == {("skip", False)}
+    assert torch.equal(training["skip", False], live_tiles(layer.mask))
+    assert not frozen["skip", False].any()  # of the weight, all of which is zero
 
 
 def test_nothing_is_left_after_an_error(together):

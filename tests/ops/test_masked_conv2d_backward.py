@@ -218,15 +218,16 @@ def test_a_path_that_cannot_be_is_refused():
     [
         (2, ("cudnn", "cudnn", "skip"), 0.5, r"'skip' of the weight gradient cannot be: it has gr"),
         (1, ("cudnn", "cudnn", "sparse"), 0.5, r"path of the weight gradient.*sparse"),
+        (1, ("cudnn", "cudnn", "blocks64"), 0.5, r"'blocks64' of the weight gr.*1x1 filters of st"),
         (1, ("cudnn", "cudnn", "skip"), 1.5, r"density must be 0 to 1, got 1\.5"),
-        (1, ("cudnn", "cudnn"), 0.5, r"of the forward, of the input's and of the weight's.*2 and"),
+        (1, ("cudnn", "cudnn"), 0.5, r"of the forward, of the input's and of the weight's.*2, 3"),
     ],
 )
 def test_a_path_of_the_weight_gradient_that_cannot_be_is_refused(groups, paths, density, words):
     weight = torch.randn(4, 4 // groups, 3, 3)
     given = torch.randn(2, 4, 5, 5), weight, weight > 0, weight, None, None
     with pytest.raises(RtkError, match=words):
-        masked_conv2d_prepared(*given, 1, 1, 1, groups, paths, NO_LISTS, density)
+        masked_conv2d_prepared(*given, 1, 1, 1, groups, paths, NO_LISTS, [0.5, 0.5, density])
 
 
 @pytest.fixture
@@ -253,7 +254,7 @@ def test_a_kept_weight_that_is_zero_gets_a_gradient(made_before, skipped):
     weight.zero_()
     words = live_tiles(mask) if made_before else None
     conv = [1, 1], [1, 1], [1, 1]
-    found = _conv_paths.bwd_weight(words, grad, x, weight, mask, *conv, 0.25)
+    found = _conv_paths.bwd_weight("skip", words, grad, x, weight, mask, *conv, 0.25)
     assert found.dtype == torch.float32 and found.stride() == weight.stride()
     torch.testing.assert_close(found, wanted.float())
     assert not found[~mask].any() and (found[mask] != 0).all()
@@ -264,7 +265,7 @@ def test_a_mask_that_is_broadcast_may_skip(shape, skipped):
     grad, x, weight, _ = skipped
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[3:60] = True
-    found = _conv_paths.bwd_weight(None, grad, x, weight, mask, [1, 1], [1, 1], [1, 1])
+    found = _conv_paths.bwd_weight("skip", None, grad, x, weight, mask, [1, 1], [1, 1], [1, 1])
     torch.testing.assert_close(found, dense_gradient(grad, x, weight, mask).float())
 
 

@@ -43,9 +43,9 @@ S3 = {"stride": 1, "padding": 1, "pool": False}
 S7 = {"stride": 2, "padding": 3, "pool": True}
 BACKWARD = {"input_size": [2, 3, 4, 5], "dtype": torch.float32, "channels_last": False}
 HALF = torch.bfloat16
-CUDNN = ("cudnn", "cudnn", "cudnn", None, None, None, 0.25)
+CUDNN = ("cudnn", "cudnn", "cudnn", None, None, None, [0.25] * 3)
 WORDS = torch.ones(1, 9, dtype=torch.int64)
-OTHERS = ("skip", "sparse", "skip", WORDS, None, WORDS, 0.5)
+OTHERS = ("skip", "sparse", "skip", WORDS, None, WORDS, [0.5, 0.5, 0.1])
 DENSE = ("cudnn", None, 0.25)
 SKIPS = ("skip", WORDS, 0.5)
 
@@ -80,10 +80,10 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((empty, w, float_mask, bias, *CONV), {}),
         ],
         "masked_conv2d_bwd_input": [
-            ((up, w.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None), {}),
-            ((up_last, w_last.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None), {}),
-            ((up[:0], w.detach(), None, [0, 4, 7, 6], *CONV, "cudnn", None), {}),
-            ((small, w_full.detach(), None, [2, 4, 7, 6], *ONCE, "skip", None), {}),
+            ((up, w.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None, 0.5), {}),
+            ((up_last, w_last.detach(), None, [2, 4, 7, 6], *CONV, "cudnn", None, 0.5), {}),
+            ((up[:0], w.detach(), None, [0, 4, 7, 6], *CONV, "cudnn", None, 0.5), {}),
+            ((small, w_full.detach(), None, [2, 4, 7, 6], *ONCE, "skip", None, 0.5), {}),
         ],
         "masked_conv2d_prepared": [
             ((x, w, m, w.detach(), None, bias, *CONV, *CUDNN), {}),
@@ -131,6 +131,7 @@ def samples() -> dict[str, list[tuple[tuple, dict]]]:
             ((x.detach(), w_full.detach(), None, None, pack_positive(small)), FUSED),
             ((x.detach(), w_full.detach(), None, None, None, words), FUSED | {"density": 0.5}),
         ],
+        "live_blocks": [((bw, 2), {}), ((randn(6, 4, dtype=HALF).t(), 2), {}), ((m[0, 0], 3), {})],
         "live_tiles": [((w_full,), {}), ((m,), {}), ((half[:, :, :3, :3],), {})],
         "sparse_columns": [(([w_full.bfloat16(), half[:, :, :3, :2].detach()],), {})],
         "sparse_conv2d": [
