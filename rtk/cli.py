@@ -233,10 +233,26 @@ def _parser(defaults: Mapping[str, Any] | None = None) -> Parser:
     reproduce.add_argument("--weights", help="file with Inception's weights, for FIDs")
     reproduce.add_argument("--features", help="or a run whose own features take their place")
     reproduce.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    reproduce.add_argument(
+        "--engine", default="on", help="on, or off: PyTorch alone, to see what the engine saves"
+    )
+    reproduce.add_argument(
+        "--keep", metavar="DIR", help="write DIR/NAME.csv, plots and README.md: what is committed"
+    )
     commands.add_subcommand("reproduce", reproduce, help="a figure or table of the paper, by name")
 
     report = Parser(description="Write results.csv, plots and report.html from a folder of runs.")
-    report.add_argument("folder", help="searched, with all its sub-folders, for result.json")
+    report.add_argument(
+        "folder", nargs="?", help="searched, with all its sub-folders, for result.json"
+    )
+    report.add_argument(
+        "--from",
+        metavar="DIR",
+        help="or a folder that `rtk reproduce --keep` wrote: plots, tables, README.md out of it",
+    )
+    report.add_argument(
+        "--against", metavar="DIR", help="compare these kept figures with another such folder"
+    )
     report.add_argument("--out", default=None, help="folder to write to (default: the same)")
     report.add_argument("--title", default="", help="of the page")
     report.add_argument("--note", default="", help="a sentence under the title")
@@ -336,7 +352,7 @@ def _reproduce(arguments: Namespace) -> None:
 
     values = arguments.as_dict()
     values["data_root"] = values.pop("data")["root"]
-    names, jobs, listing = (values.pop(name) for name in ("names", "jobs", "list"))
+    names, jobs, listing, kept = (values.pop(n) for n in ("names", "jobs", "list", "keep"))
     values.pop("debug")
     every = recipes.FIGURES.names()
     if listing:
@@ -349,11 +365,28 @@ def _reproduce(arguments: Namespace) -> None:
     for name, recipe in zip(names, chosen, strict=True):
         print(f"\n{name}: {recipes.run(recipe, jobs)}")
         print(recipes.summary(recipe, name))
+        if kept is not None:
+            print(f"kept: {recipes.keep(recipe, kept)}")
+    if kept is not None:
+        from rtk import report
+
+        if report.is_kept(kept):  # and not with the engine off only
+            print(f"\nreport: {report.rebuild(kept)}")
 
 
 def _report(arguments: Namespace) -> None:
     from rtk import report
 
+    kept = arguments["from"]
+    if (kept is None) == (arguments.folder is None):
+        raise RtkError("report: give one of a folder of runs and --from FOLDER, of kept figures")
+    if kept is None and arguments.against is not None:
+        raise RtkError("report: --against compares kept figures; give --from too")
+    if kept is not None:
+        print(f"report: {report.rebuild(kept, arguments.out)}")
+        if arguments.against is not None:
+            print(report.compare_kept(kept, arguments.against))
+        return
     path = report.write_report(
         arguments.folder, arguments.out, note=arguments.note, title=arguments.title
     )

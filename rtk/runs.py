@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ _locks: dict[Path, int] = {}  # of this process: folder -> open file that holds 
 
 
 def lock_folder(folder: Path, patience: float = 3.0) -> None:
-    """Make this process the only one that works in `folder`, until it ends.
+    """Make this process the only one that works in `folder`, until it ends or `unlocked_after`.
 
     Half-written files of a process that was killed are removed.
 
@@ -82,6 +82,21 @@ def lock_folder(folder: Path, patience: float = 3.0) -> None:
             break
     _locks[key] = handle
     remove_half_written(folder)
+
+
+@contextlib.contextmanager
+def unlocked_after(folder: Path) -> Iterator[None]:
+    """Give up after the `with` a lock of `folder` that was taken inside it.
+
+    A lock is an open file: a process that runs a thousand stages must not keep them all.
+    """
+    key = folder.resolve()
+    held = key in _locks
+    try:
+        yield
+    finally:
+        if not held and key in _locks:
+            os.close(_locks.pop(key))
 
 
 def remove_half_written(folder: Path) -> None:

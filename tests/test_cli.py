@@ -301,7 +301,7 @@ BAD = {
     "demo_without_jobs": ("demo --out o --jobs 0", ["jobs: expected at least 1", "got 0"]),
     "demo_below_a_file": ("demo --out file/demo", ["cannot write file/demo", "with --out"]),
     "demo_without_seeds": ("demo --out o --seeds 0", ["at least 1 seed, got 0"]),
-    "report_without_folder": ("report", ["required: folder; see rtk"]),
+    "report_without_folder": ("report", ["one of a folder of runs and --from FOLDER"]),
     "report_of_nothing": ("report nowhere", ["nowhere is no folder"]),
     "report_without_results": ("report empty", ["no result.json under empty", "rtk evaluate"]),
 }

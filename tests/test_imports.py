@@ -34,7 +34,7 @@ ALLOWED = {
     "export": {"train", "models", "nn", "ticket", "ops"},
     "convert": {"train", "models", "nn", "ticket", "ops"},
     "layers_report": {"train", "models", "nn", "ticket", "ops"},
-    "recipes": STAGES | {"advise"},
+    "recipes": STAGES | {"advise", "data", "ops"},
     "pretrain": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
     "draw": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},
     "transfer": {"train", "data", "models", "attacks", "nn", "ticket", "ops"},

@@ -8,7 +8,15 @@ import pytest
 
 from rtk.errors import RtkError, check_choice, did_you_mean
 from rtk.registry import Registry
-from rtk.runs import JsonlLog, atomic_write, find_artefact, lock_folder, read_json, write_json
+from rtk.runs import (
+    JsonlLog,
+    atomic_write,
+    find_artefact,
+    lock_folder,
+    read_json,
+    unlocked_after,
+    write_json,
+)
 
 
 def test_writing_makes_folders_and_leaves_nothing_else(tmp_path):
@@ -170,3 +178,23 @@ def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
     (tmp_path / "checkpoint.safetensors").write_bytes(b"whole")
     lock_folder(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "checkpoint.safetensors"]
+
+
+def test_a_lock_that_is_given_up_is_free_for_others(tmp_path):
+    other = (
+        "import sys; from pathlib import Path; from rtk.runs import lock_folder; "
+        "lock_folder(Path(sys.argv[1]), patience=0.2)"
+    )
+
+    def taken_by_another():
+        command = [sys.executable, "-c", other, str(tmp_path)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    with unlocked_after(tmp_path):
+        lock_folder(tmp_path)
+        assert not taken_by_another()
+    assert taken_by_another()
+    lock_folder(tmp_path)
+    with unlocked_after(tmp_path):
+        lock_folder(tmp_path)
+    assert not taken_by_another()  # it was taken before, and is not this one's to give up

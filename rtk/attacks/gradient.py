@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rtk.attacks.casts import CastOnce
 from rtk.attacks.fused import Route
+from rtk.ops import engine
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -64,7 +65,7 @@ def input_gradient(
 
     def gradient(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # Not without autocast: a mode looks at every call, a fifth of a small model's time.
-        casting = torch.is_autocast_enabled(x.device.type)
+        casting = engine.is_on() and torch.is_autocast_enabled(x.device.type)
         with casts if casting else contextlib.nullcontext():
             fused = route(x, y)
             return autograd_gradient(model, x, y, loss) if fused is None else fused

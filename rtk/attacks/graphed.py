@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from rtk.cuda_graph import GraphChoice, Graphed, Seed, model_state, plain_settings
+from rtk.ops import engine
 
 
 def capturable(attack: object) -> bool:
@@ -32,7 +33,7 @@ class GraphedAttack(Graphed):
 
     def __init__(self, attack: Callable[..., Tensor], *, graph: GraphChoice = "auto") -> None:
         why_not = None if capturable(attack) else "it looks at values by design"
-        if why_not is not None and graph == "auto":
+        if graph == "auto" and (why_not is not None or not engine.is_on()):
             graph = False
         super().__init__(f"GraphedAttack({attack!r})", graph, why_not)
         self._attack = attack

@@ -10,6 +10,7 @@ from rtk.data.batches import Batches, epoch_order, share_of
 from rtk.data.catalogue import CATALOGUE
 from rtk.data.dataset import DATA_SETS, Dataset, Split, channel_stats, data_root
 from rtk.data.files import FileSplit
+from rtk.data.keep import keep_loaded
 from rtk.data.resolve import load
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "channel_stats",
     "data_root",
     "epoch_order",
+    "keep_loaded",
     "load",
     "share_of",
 ]

@@ -12,12 +12,14 @@ from rtk.config import DataConfig
 from rtk.data.catalogue import CATALOGUE
 from rtk.data.dataset import DATA_SETS, Dataset, Split, candidate_paths, check_memory
 from rtk.data.download import get
+from rtk.data.keep import kept
 from rtk.data.subset import parse_classes, split_name, take_classes
 from rtk.errors import RtkError, check_choice
 
 _TAKE_A_PATH = ("npz", "folder")
 
 
+@kept
 def load(config: DataConfig) -> Dataset:
     """Return the data set that `config` names, its classes chosen and its images resized.
 

@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from rtk.config import AttackConfig, DataConfig, ModelConfig
-from rtk.recipes.findings import write
+from rtk.recipes.findings import Findings
 from rtk.recipes.recipe import Recipe
 from rtk.recipes.road import Road
 from rtk.recipes.scale import Scale
 from rtk.registry import Registry
-from rtk.report import Figure, Line
+from rtk.report import PAPER, Figure, Line
 
 NATURAL = AttackConfig()
 ELEMENT = ("element",)
@@ -35,12 +35,12 @@ def fig1(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """Finetuning of OMP tickets."""
     road = Road(scale)
     strengths = partial(scale.strengths, linear=False)
-    _omp(road, scale.models, strengths, ("finetune",), scale.targets, scale.sparsities)
+    for model in scale.models_of("fig1"):
+        _omp(road, (model,), strengths, ("finetune",), *scale.tickets_of(model))
     figure = Figure(
         "fig1",
         "OMP tickets, all weights finetuned",
-        "robust tickets win at every sparsity: by 1.95 points for ResNet-50 on CIFAR-100 at 70 %, "
-        "by 2.38 for ResNet-18 at 99 %.",
+        PAPER["fig1"].claim,
         _PAIR,
         high=scale.high,
     )
@@ -52,12 +52,12 @@ def fig2(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """Linear evaluation of OMP tickets."""
     road = Road(scale)
     strengths = partial(scale.strengths, linear=True)
-    modes = (scale.linear_mode,)
-    _omp(road, scale.models, strengths, modes, scale.targets, scale.sparsities)
+    for model in scale.models_of("fig2"):
+        _omp(road, (model,), strengths, (scale.linear_mode,), *scale.tickets_of(model))
     figure = Figure(
         "fig2",
         "OMP tickets, a linear classifier on fixed weights",
-        "robust tickets win by far: at least 11.75 points for ResNet-50 on CIFAR-100 up to 92 %.",
+        PAPER["fig2"].claim,
         _PAIR,
         high=scale.high,
     )
@@ -70,18 +70,17 @@ def fig3(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     road = Road(scale)
     _omp(
         road,
-        scale.models[-1:],
+        scale.models_of("fig3", last=True),
         lambda model: (scale.attack,),
         ("finetune", scale.linear_mode),
-        scale.targets[:2],
+        scale.structured_targets or scale.targets[:2],
         scale.structured,
         ("row", "kernel", "channel"),
     )
     figure = Figure(
         "fig3",
         "Structured OMP tickets: rows, kernels and channels",
-        "robust tickets win at each granularity and in both ways of transferring, by less the "
-        "coarser it is.",
+        PAPER["fig3"].claim,
         _PAIR,
         panels=("arch", "target", "transfer", "granularity"),
         high=scale.high,
@@ -93,7 +92,8 @@ def fig3(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
 def fig4(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """IMP and A-IMP, upstream and downstream."""
     road = Road(scale)
-    for network in _imp(road, ("upstream", "downstream")):
+    models = scale.models_of("fig4")
+    for network in _imp(road, models, ("upstream", "downstream")):
         road.evaluate(network)
     lines = [
         Line(
@@ -107,8 +107,7 @@ def fig4(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     figure = Figure(
         "fig4",
         "IMP and A-IMP tickets, drawn upstream (US) or downstream (DS)",
-        "robust tickets mostly win; US is best at mild sparsity, DS at high; for ResNet-50 on "
-        "CIFAR-100 natural tickets win beyond 95 %.",
+        PAPER["fig4"].claim,
         tuple(lines),
         high=scale.high,
     )
@@ -119,14 +118,15 @@ def fig4(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
 def fig5(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """LMP: masks learned on the target, under frozen weights."""
     road = Road(scale)
-    for network, target, seed in _networks(road, (NATURAL, scale.attack)):
+    models = scale.models_of("fig5")
+    for network, target, seed in _networks(road, models, (NATURAL, scale.attack)):
         tickets = [road.lmp(network, sparsity, target, seed) for sparsity in scale.sparsities]
         for ticket in (None, *tickets):
             road.evaluate(road.transfer(network, ticket, scale.linear_mode, target, seed))
     figure = Figure(
         "fig5",
         "LMP tickets: masks learned on the target, under frozen weights",
-        "robust tickets win throughout.",
+        PAPER["fig5"].claim,
         _PAIR,
         high=scale.high,
     )
@@ -139,7 +139,7 @@ def fig6(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     road = Road(scale)
     _omp(
         road,
-        scale.models[-1:],
+        scale.models_of("fig6", last=True),
         lambda model: (scale.attack, scale.smoothing),
         ("finetune", scale.linear_mode),
         scale.targets,
@@ -148,7 +148,7 @@ def fig6(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     figure = Figure(
         "fig6",
         "OMP tickets of natural, adversarial and smoothed pretraining",
-        "tickets of random smoothing lie between natural and adversarial ones.",
+        PAPER["fig6"].claim,
         (
             Line("natural", {"robust": False}),
             Line("adversarial", {"pretrain": scale.attack.label}, against="natural"),
@@ -166,7 +166,7 @@ def fig7(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     road = Road(scale)
     _omp(
         road,
-        scale.models[-1:],
+        scale.models_of("fig7", last=True),
         lambda model: (scale.attack,),
         ("segment",),
         (scale.segmentation,),
@@ -175,7 +175,7 @@ def fig7(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     figure = Figure(
         "fig7",
         "OMP tickets as backbones of a segmentation network",
-        "robust tickets reach a higher mIoU, most of all at mild sparsity.",
+        PAPER["fig7"].claim,
         _PAIR,
         metrics=("miou",),
         high=scale.high,
@@ -193,11 +193,8 @@ def fig8(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
 def fig9(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """Linear evaluation of OMP tickets on many targets."""
     title = "OMP tickets on many targets, a linear classifier on fixed weights"
-    claim = (
-        "under high sparsity robust tickets win on 7 of 12 targets, match on 3 and lose on 2: "
-        "they win where the target is far from the source."
-    )
-    return _many(Figure("fig9", title, claim, _PAIR, high=scale.high), scale, out, data_root)
+    figure = Figure("fig9", title, PAPER["fig9"].claim, _PAIR, high=scale.high)
+    return _many(figure, scale, out, data_root)
 
 
 @FIGURES.register("tab1")
@@ -210,22 +207,18 @@ def tab1(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
 def tab2(scale: Scale, out: Path, data_root: str | None = None) -> Recipe:
     """Who wins on each target, by its Fréchet distance from the source."""
     title = "Robust minus natural at high sparsity, by the target's distance from the source"
-    claim = (
-        "robust tickets win on all six targets with an FID of 150.92 or more; of the nearer ones "
-        "they match on three, lose on two and win on one."
-    )
-    figure = Figure("tab2", title, claim, _PAIR, high=scale.high, scatter=True)
+    figure = Figure("tab2", title, PAPER["tab2"].claim, _PAIR, high=scale.high, scatter=True)
     return _many(figure, scale, out, data_root)
 
 
 def _properties(name: str, title: str, scale: Scale, out: Path, data_root: str | None) -> Recipe:
     road = Road(scale)
-    for network in _imp(road, ("upstream",)):
+    for network in _imp(road, scale.models_of("fig8"), ("upstream",)):
         road.evaluate(network, scale.evaluation, scale.ood)
     figure = Figure(
         name,
         title,
-        "robust tickets are better in accuracy, adversarial accuracy and ROC-AUC.",
+        PAPER[name].claim,
         (
             Line("natural IMP", {"robust": False}),
             Line("robust A-IMP", {"robust": True}, against="natural IMP"),
@@ -272,20 +265,20 @@ def _omp(
 
 
 def _networks(
-    road: Road, attacks: tuple[AttackConfig, ...]
+    road: Road, models: tuple[ModelConfig, ...], attacks: tuple[AttackConfig, ...]
 ) -> Iterable[tuple[str, DataConfig, int]]:
     """Yield a pretrained network, a target and a transfer seed, for all there are."""
     scale = road.scale
-    for model, (first, seed) in itertools.product(scale.models, scale.replicates):
+    for model, (first, seed) in itertools.product(models, scale.replicates):
         for target, attack in itertools.product(scale.targets[:2], attacks):
             yield road.pretrain(model, attack, first), target, seed
 
 
-def _imp(road: Road, tasks: tuple[str, ...]) -> Iterable[str]:
+def _imp(road: Road, models: tuple[ModelConfig, ...], tasks: tuple[str, ...]) -> Iterable[str]:
     """Yield the finetuned tickets of IMP and A-IMP, and the dense networks."""
     scale = road.scale
     for attack in (NATURAL, scale.attack):
-        for network, target, seed in _networks(road, (attack,)):
+        for network, target, seed in _networks(road, models, (attack,)):
             yield road.transfer(network, None, "finetune", target, seed)
             for task in tasks:
                 where = None if task == "upstream" else target
@@ -306,8 +299,7 @@ def _recipe(
         note=road.scale.note,
         folder=out,
         stages=road.stages(out, data_root),
-        finish=partial(
-            write,
+        finish=Findings(
             figure=figure,
             runs=tuple(road.evaluated),
             scale=road.scale,

@@ -17,6 +17,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rtk import data
 from rtk.config import StageConfig
 from rtk.errors import Interrupted, RtkError
 from rtk.runs import unwritable
@@ -37,7 +40,7 @@ def run_in_processes(
     Args:
         stages: in an order in which each finds what it reads.
         runner: runs one stage; importable by name, as the workers are fresh processes.
-        jobs: number of worker processes.
+        jobs: number of worker processes; where there are several GPUs, they take one each in turn.
         log: what the workers would print goes to the end of this file.
         started: called here whenever a stage begins.
 
@@ -53,10 +56,11 @@ def run_in_processes(
         raise unwritable(log, error) from error
     workers: dict[Any, Any] = {}
     parent_lives = []
-    for _ in range(jobs):
+    for gpu in gpus_for(jobs, stages):
         work, theirs = context.Pipe()
         alive, ours = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(runner, theirs, alive, log), daemon=True)
+        arguments = (runner, theirs, alive, log, gpu)
+        process = context.Process(target=_worker, args=arguments, daemon=True)
         process.start()
         theirs.close()
         alive.close()
@@ -71,6 +75,19 @@ def run_in_processes(
             process.join(timeout=10)
         for connection in parent_lives:
             connection.close()  # whoever is still busy ends now
+
+
+def gpus_for(jobs: int, stages: Sequence[StageConfig]) -> list[str | None]:
+    """Return the GPU of each worker, as CUDA_VISIBLE_DEVICES names it, in turns over all there are.
+
+    None leaves a worker what this process sees: where stages name a device, or there is one GPU.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()  # asks the driver, and leaves CUDA alone
+    if count < 2 or any(stage.device not in ("auto", "cuda") for stage in stages):
+        return [None] * jobs
+    gpus = [str(i) for i in range(count)] if named is None else named.split(",")[:count]
+    return [gpus[job % count].strip() for job in range(jobs)]
 
 
 def _schedule(
@@ -123,9 +140,13 @@ def inputs(stage: StageConfig) -> list[str]:
     return [str(folder) for path in paths if path for folder in (path, *Path(path).parents)]
 
 
-def _worker(runner: Runner, work: Connection, alive: Connection, log: Path) -> None:
+def _worker(
+    runner: Runner, work: Connection, alive: Connection, log: Path, gpu: str | None
+) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # before anything here has looked at CUDA
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
-    with log.open("a", buffering=1) as sys.stderr:
+    with log.open("a", buffering=1) as sys.stderr, data.keep_loaded():
         try:
             while True:
                 work.send(_attempt(runner, work.recv()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rtk import advise, convert, distributed, draw, evaluate, pretrain, report, transfer
+from rtk import advise, convert, data, distributed, draw, evaluate, pretrain, report, transfer
 from rtk.config import (
     AdviseConfig,
     ConvertConfig,
@@ -19,8 +19,11 @@ from rtk.config import (
     TransferConfig,
 )
 from rtk.errors import RtkError
-from rtk.recipes.done import pending
+from rtk.ops import engine
+from rtk.recipes.done import is_done, pending
 from rtk.recipes.processes import run_in_processes
+from rtk.recipes.times import noted
+from rtk.runs import unlocked_after
 
 STAGES: dict[type[StageConfig], Callable[[Any], Path]] = {
     PretrainConfig: pretrain.run,
@@ -43,6 +46,7 @@ class Recipe:
         stages: complete configurations in an order in which each finds what it reads.
         finish: what is made of the results, and returns the page's path; by default the report of
             the whole folder.
+        engine: False runs the stages by PyTorch alone (`rtk.ops.engine`).
     """
 
     title: str
@@ -50,11 +54,26 @@ class Recipe:
     folder: Path
     stages: tuple[StageConfig, ...]
     finish: Callable[[Recipe], Path] | None = None
+    engine: bool = True
 
 
 def run_stage(stage: StageConfig) -> Path:
-    """Run one stage by its configuration's type and return the path of what it made."""
-    return STAGES[type(stage)](stage)
+    """Run one stage by its configuration's type and return the path of what it made.
+
+    How long it took is noted beside it (`rtk.recipes.times`), unless it is done already.
+    """
+    runner = STAGES[type(stage)]
+    with unlocked_after(Path(stage.out)):
+        if isinstance(stage, ConvertConfig) or not distributed.speaks() or is_done(stage):
+            return runner(stage)
+        with noted(stage):
+            return runner(stage)
+
+
+def run_stage_plainly(stage: StageConfig) -> Path:
+    """Run one stage with the engine off: by PyTorch alone, to see what the engine saves."""
+    with engine.off():
+        return run_stage(stage)
 
 
 def run(recipe: Recipe, jobs: int = 1) -> Path:
@@ -78,6 +97,7 @@ def run(recipe: Recipe, jobs: int = 1) -> Path:
             "a recipe has many stages, each of which torchrun can run in several processes; start "
             "the recipe without torchrun, or its large stages one by one with it"
         )
+    runner = run_stage if recipe.engine else run_stage_plainly
     todo = pending(recipe.stages)
     number = {stage.out: i for i, stage in enumerate(recipe.stages, 1)}
 
@@ -89,12 +109,13 @@ def run(recipe: Recipe, jobs: int = 1) -> Path:
         done = len(recipe.stages) - len(todo)
         print(f"{done} of {len(recipe.stages)} stages are done", file=sys.stderr, flush=True)
     if jobs == 1:
-        for stage in todo:
-            started(stage)
-            run_stage(stage)
+        with data.keep_loaded():
+            for stage in todo:
+                started(stage)
+                runner(stage)
     elif todo:
         log = recipe.folder / "log.txt"
-        run_in_processes(todo, run_stage, jobs, log=log, started=started)
+        run_in_processes(todo, runner, jobs, log=log, started=started)
     if recipe.finish is not None:
         return recipe.finish(recipe)
     return report.write_report(recipe.folder, note=recipe.note, title=recipe.title)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rtk.config import DataConfig
+from rtk.errors import check_choice
 from rtk.recipes.done import pending
 from rtk.recipes.figures import FIGURES
 from rtk.recipes.recipe import Recipe
@@ -30,13 +31,15 @@ def reproduce(
     weights: str | None = None,
     features: str | None = None,
     device: str | None = None,
+    engine: str = "on",
 ) -> Recipe:
     """Return the recipe of a figure or table; `rtk.recipes.run` runs it.
 
     Args:
         name: fig1 to fig9, tab1 or tab2.
         scale: paper, small or smoke, or a scale of your own: `replace(SCALES.get("small"), ...)`.
-        out: the folder, which figures of one scale share; by default runs/reproduce-<scale>.
+        out: the folder, which figures of one scale share; by default runs/reproduce-<scale>, and
+            runs/reproduce-<scale>-engine-off with the engine off.
         data_root: folder of the data sets (else RTK_DATA, else ~/.cache/rtk/data).
         source: another set to pretrain on, as `data.name`.
         targets: other downstream sets, of all figures.
@@ -45,17 +48,22 @@ def reproduce(
         weights: file with Inception's weights, for the distances of Fig. 9 and Tab. II.
         features: or a run or checkpoint whose own features take their place.
         device: auto, cpu, cuda or cuda:N; by default the scale's.
+        engine: on, or off: the same stages with the same seeds by PyTorch alone
+            (`rtk.ops.engine`), to measure what the engine saves.
 
     Raises:
         RtkError: for an unknown figure or scale, or both weights and features.
     """
+    check_choice("engine", engine, ("on", "off"))
     build = FIGURES.get(name)
     settings = SCALES.get(scale) if isinstance(scale, str) else scale
     if source is not None:
         settings = replace(settings, source=_named(settings.source, source))
     if targets:
         named = tuple(_named(settings.targets[0], target) for target in targets)
-        settings = replace(settings, targets=named, many_targets=named)
+        settings = replace(
+            settings, targets=named, many_targets=named, deep_targets=None, structured_targets=None
+        )
     if segmentation is not None:
         settings = replace(settings, segmentation=replace(settings.segmentation, name=segmentation))
     if ood:
@@ -66,8 +74,10 @@ def reproduce(
         settings = replace(settings, features=str(Path(features).absolute()))
     if device is not None:
         settings = replace(settings, machine={**settings.machine, "device": device})
-    folder = Path(f"runs/reproduce-{settings.name}" if out is None else out)
-    return build(settings, folder, data_root)
+    plainly = engine == "off"
+    default = f"runs/reproduce-{settings.name}{'-engine-off' if plainly else ''}"
+    recipe = build(settings, Path(default if out is None else out), data_root)
+    return replace(recipe, engine=not plainly)
 
 
 def list_figures(scale: str | Scale = "small", **settings: Any) -> str:

@@ -85,7 +85,7 @@ class Road:
                 scheme="lmp",
                 sparsity=sparsity,
                 data=target,
-                train=self.scale.lmp,
+                train=self.scale.on(self.scale.lmp, target),
             ),
         )
 
@@ -109,7 +109,7 @@ class Road:
                 scheme="a-imp" if robust else "imp",
                 rounds=scale.rounds[-1],
                 rate=scale.rate,
-                train=scale.upstream if target is None else scale.downstream,
+                train=scale.upstream if target is None else scale.on(scale.downstream, target),
                 attack=attack if robust else AttackConfig(),
                 **({"task": "upstream"} if target is None else settings),
             ),
@@ -124,7 +124,8 @@ class Road:
     ) -> str:
         """Transfer a ticket, or the dense network."""
         scale = self.scale
-        settings: dict[str, Any] = {"train": scale.finetune if mode == "finetune" else scale.linear}
+        train = scale.finetune if mode == "finetune" else scale.linear
+        settings: dict[str, Any] = {"train": scale.on(train, target)}
         if mode == "segment":
             settings = {"train": scale.segment, "segment": scale.segmentation_settings}
         drawn = _label(network) + "-dense" if ticket is None else _label(ticket)

@@ -12,16 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rtk.config import (
+    PRESETS,
     AttackConfig,
     DataConfig,
     ModelConfig,
     SegmentConfig,
     TrainConfig,
-    imp_attack,
-    imp_train,
-    lmp_train,
     round_sparsity,
-    segment_train,
 )
 from rtk.registry import Registry
 
@@ -70,6 +67,13 @@ class Scale:
         own_features: without either, measure distances in the first natural network's features.
         source_images: of the distances.
         machine: device and threads.
+        networks: those of a figure, by its name, where they are not all of `models` (Fig. 3, 6 and
+            7: not the last).
+        deep_targets: of the last of several networks in Fig. 1 and 2; None is all `targets`.
+        deep_sparsities: likewise; None is all `sparsities`.
+        structured_targets: of Fig. 3; None is the first two of `targets`.
+        epochs: of transfer and of drawing on a target, by the target's name, where they are not
+            those of `finetune`, `linear`, `lmp` and `downstream`: small sets need more of them.
     """
 
     name: str
@@ -109,6 +113,26 @@ class Scale:
     own_features: bool = True
     source_images: int = 8000
     machine: Mapping[str, Any] = field(default_factory=dict)
+    networks: Mapping[str, tuple[ModelConfig, ...]] = field(default_factory=dict)
+    deep_targets: tuple[DataConfig, ...] | None = None
+    deep_sparsities: tuple[float, ...] | None = None
+    structured_targets: tuple[DataConfig, ...] | None = None
+    epochs: Mapping[str, int] = field(default_factory=dict)
+
+    def models_of(self, figure: str, *, last: bool = False) -> tuple[ModelConfig, ...]:
+        """Return the networks of a figure, by default all of them, or the last one."""
+        return self.networks.get(figure, self.models[-1:] if last else self.models)
+
+    def tickets_of(self, model: ModelConfig) -> tuple[tuple[DataConfig, ...], tuple[float, ...]]:
+        """Return the targets and the sparsities of a network in Fig. 1 and 2."""
+        targets, sparsities = self.targets, self.sparsities
+        if len(self.models) > 1 and model == self.models[-1]:
+            targets, sparsities = self.deep_targets or targets, self.deep_sparsities or sparsities
+        return targets, sparsities
+
+    def on(self, train: TrainConfig, target: DataConfig) -> TrainConfig:
+        """Return how `train` goes on a target: as long as suits it."""
+        return replace(train, epochs=self.epochs.get(target.name, train.epochs))
 
     def strengths(self, model: ModelConfig, linear: bool) -> tuple[AttackConfig, ...]:
         """Return the attacks of pretraining in the figures that choose the best of several."""
@@ -124,11 +148,11 @@ def _pgd(norm: str, eps: float, steps: int = 3) -> AttackConfig:
 
 
 def _paper() -> Scale:
-    imagenet = TrainConfig(epochs=90, batch_size=256, lr=0.1, milestones=(30, 60))
-    finetune = TrainConfig(epochs=150, batch_size=64, lr=0.001, milestones=(50, 100))
-    cifar = tuple(
-        DataConfig(name, image_size=224, augment="resized_crop") for name in ("cifar10", "cifar100")
-    )
+    paper = PRESETS["paper"]
+    robust, smoothed = paper["pretrain pgd"], paper["pretrain smoothing"]
+    upstream, downstream = paper["draw a-imp upstream"], paper["draw a-imp downstream"]
+    finetune = paper["transfer finetune"]
+    cifar = tuple(finetune.fill_data(DataConfig(name)) for name in ("cifar10", "cifar100"))
     others = ("aircraft", "pets", "flowers", "cars", "food", "dtd", "birdsnap", "sun397")
     many = (*others, "caltech101", "caltech256")
     l2 = (0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 3.0, 5.0)
@@ -141,23 +165,23 @@ def _paper() -> Scale:
         many_targets=(*cifar, *(DataConfig(name) for name in many)),
         segmentation=DataConfig("voc2012"),
         models=(ModelConfig("resnet18", stem="7x7"), ModelConfig("resnet50", stem="7x7")),
-        natural=imagenet,
-        robust=replace(imagenet, batch_size=512),
-        smoothed=replace(imagenet, batch_size=400),
-        attack=_pgd("l2", 3.0),
+        natural=paper["pretrain none"].train,
+        robust=robust.train,
+        smoothed=smoothed.train,
+        attack=robust.attack,
         sweep=(*(_pgd("l2", eps) for eps in l2), *(_pgd("linf", eps / 255) for eps in linf)),
         sweep_all=True,
-        smoothing=AttackConfig("smoothing", sigma=0.5),
-        finetune=finetune,
-        linear=replace(finetune, lr=0.01),
-        lmp=lmp_train(),
-        upstream=imp_train("upstream"),
-        downstream=imp_train("downstream"),
-        upstream_attack=imp_attack("upstream"),
-        downstream_attack=imp_attack("downstream"),
-        rate=0.2,
-        rounds=(1, 3, 5, 7, 9, 11, 13, 15, 17, 19),
-        segment=segment_train(),
+        smoothing=smoothed.attack,
+        finetune=finetune.train,
+        linear=paper["transfer linear_bn_update"].train,
+        lmp=paper["draw lmp"].train,
+        upstream=upstream.train,
+        downstream=downstream.train,
+        upstream_attack=upstream.attack,
+        downstream_attack=downstream.attack,
+        rate=upstream.rate,
+        rounds=tuple(range(1, upstream.rounds + 1, 2)),
+        segment=paper["transfer segment"].train,
         segmentation_settings=SegmentConfig(),
         sparsities=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.92, 0.95, 0.97, 0.99),
         structured=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
@@ -175,10 +199,11 @@ def _small() -> Scale:
     train = TrainConfig(
         epochs=24, batch_size=512, lr=0.2, schedule="cosine", warmup_epochs=2, weight_decay=5e-4
     )
-    finetune = replace(train, epochs=8, batch_size=256, lr=0.02, warmup_epochs=0)
-    cifar = (arrays("cifar10"), arrays("cifar100"))
+    finetune = replace(train, epochs=4, batch_size=256, lr=0.02, warmup_epochs=0)
+    cifar10, cifar100 = arrays("cifar10"), arrays("cifar100")
     # A mirrored traffic sign, digit or shoe is another thing or none at all.
-    far = tuple(arrays(name, "shift") for name in ("gtsrb", "fashion_mnist", "mnist"))
+    gtsrb, *far = (arrays(name, "shift") for name in ("gtsrb", "fashion_mnist", "mnist"))
+    resnet18, resnet50 = (ModelConfig(arch, stem="3x3") for arch in ("resnet18", "resnet50"))
     return Scale(
         name="small",
         note=(
@@ -186,10 +211,11 @@ def _small() -> Scale:
             "It tests the paper's direction, not its numbers."
         ),
         source=arrays("tinyimagenet32"),
-        targets=(*cifar, far[0]),
-        many_targets=(*cifar, *far),
+        # A near and a far one first, which are also the quickest: Fig. 4, 5 and 8 take these two.
+        targets=(cifar100, gtsrb, cifar10),
+        many_targets=(cifar100, gtsrb, cifar10, *far),
         segmentation=DataConfig("npz:camvid.npz"),
-        models=(ModelConfig("resnet18", stem="3x3"), ModelConfig("resnet50", stem="3x3")),
+        models=(resnet18, resnet50),
         natural=train,
         robust=replace(train, epochs=18),
         smoothed=train,
@@ -200,22 +226,28 @@ def _small() -> Scale:
         linear=replace(finetune, lr=0.1, weight_decay=1e-4),
         lmp=replace(finetune, lr=0.1),
         upstream=replace(finetune, epochs=2, lr=0.01, schedule="constant"),
-        downstream=replace(finetune, epochs=8, lr=0.05),
+        downstream=replace(finetune, lr=0.05),
         upstream_attack=_pgd("l2", 0.5),
         downstream_attack=_pgd("l2", 0.5),
-        rate=0.5,
-        rounds=(1, 2, 4, 6),
+        rate=0.6,
+        rounds=(1, 2, 4),
         segment=replace(
-            finetune, epochs=10, batch_size=16, lr=0.05, schedule="multistep", milestones=(6, 8)
+            finetune, epochs=6, batch_size=16, lr=0.05, schedule="multistep", milestones=(4, 5)
         ),
         segmentation_settings=SegmentConfig(
             epoch_steps=100, backbone_lr=0.01, backbone_bn_momentum=0.1
         ),
-        sparsities=(0.5, 0.8, 0.9, 0.95, 0.99),
-        structured=(0.2, 0.5, 0.8),
+        # What the paper gives numbers of, 70 and 99 %, and two between: evenly spaced in a plot.
+        sparsities=(0.7, 0.9, 0.97, 0.99),
+        structured=(0.3, 0.6),
         replicates=((0, 0), (1, 1), (0, 2)),
         evaluation=_pgd("linf", 2 / 255, 20),
         ood=("npz:fashion_mnist.npz",),
+        networks=dict.fromkeys(("fig4", "fig5", "fig6", "fig7", "fig8"), (resnet18,)),
+        deep_targets=(cifar100, gtsrb),
+        deep_sparsities=(0.7, 0.9),
+        structured_targets=(cifar100,),
+        epochs={cifar10.name: 3, gtsrb.name: 8},
     )
 
 

@@ -4,26 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rtk.report.compare import compare_kept
 from rtk.report.figure import Figure, FigureData, Line
 from rtk.report.figure_page import write_figure, write_gallery
+from rtk.report.kept import Kept, Number, Stage, numbers_of, public_name, write_kept
 from rtk.report.page import render_page
+from rtk.report.paper import PAPER
 from rtk.report.plots import write_plots
-from rtk.report.results import read_results, read_runs, to_csv
+from rtk.report.readme import is_kept, rebuild
+from rtk.report.results import Result, read_results, read_runs, to_csv
 from rtk.report.study import Study
 from rtk.report.table import build_table
 from rtk.report.terminal import format_table
 from rtk.runs import atomic_write
 
 __all__ = [
+    "PAPER",
     "Figure",
     "FigureData",
+    "Kept",
     "Line",
+    "Number",
+    "Result",
+    "Stage",
     "Study",
+    "compare_kept",
+    "is_kept",
+    "numbers_of",
     "print_table",
+    "public_name",
     "read_results",
     "read_runs",
+    "rebuild",
     "write_figure",
     "write_gallery",
+    "write_kept",
     "write_report",
 ]
 

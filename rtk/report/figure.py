@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from rtk.report.statistics import (
     rank_correlation,
     summarize,
 )
-from rtk.report.study import Replicate, metric_name
+from rtk.report.study import Replicate, metric_name, short_name
 
 LEVEL = 0.05  # of significance
 _OF_A_TICKET = ("scheme", "granularity", "draw_task")  # which a dense network has none of
@@ -202,11 +201,6 @@ class FigureData:
             if comparison.over == "high" and comparison.measure == self.measures[0]
             if (target := self.target(comparison.panel)) in self.distances and target is not None
         ]
-
-
-def short_name(value: object) -> str:
-    """Return a set's name without the path and ending of its file: npz:a/birds.npz is birds."""
-    return re.sub(r"^(?:npz|folder):(?:.*/)?", "", str(value)).removesuffix(".npz")
 
 
 def column(result: Result, name: str) -> Any:

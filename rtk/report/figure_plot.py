@@ -26,12 +26,12 @@ from rtk.report.figure import (
     Measure,
     PanelKey,
     is_out_of_distribution,
-    short_name,
 )
 from rtk.report.plots import DPI
 from rtk.report.results import MIOU
+from rtk.report.study import short_name
 
-_COLUMNS = (4, 3)  # panels beside each other: the first of them that leaves no gap
+_COLUMNS = (4, 3)  # panels beside each other: what leaves fewer gaps in the last row
 _WIDTH, _HEIGHT = 3.3, 2.7  # of a panel, in inches
 
 
@@ -49,7 +49,7 @@ def _y_label(measure: Measure) -> str:
 def _lines(data: FigureData) -> Canvas:
     """Draw panels in columns, and for each measure a row of them."""
     count = len(data.panels)
-    columns = min(count, next((n for n in _COLUMNS if count % n == 0), _COLUMNS[0]))
+    columns = min(count, min(_COLUMNS, key=lambda n: -count % n))
     rows = math.ceil(count / columns)
     width, height = max(5.0, 0.5 + _WIDTH * columns), 0.8 + _HEIGHT * rows * len(data.measures)
     canvas = Canvas(figsize=(width, height), dpi=DPI, layout="constrained")
@@ -63,7 +63,7 @@ def _lines(data: FigureData) -> Canvas:
             axes.set_visible(_draw_panel(axes, data, panel, measure, inches))
             if j % columns == 0:
                 axes.set_ylabel(_y_label(measure), fontsize=SIZE, color=INK)
-            if i == len(data.measures) - 1 and j // columns == rows - 1:
+            if i == len(data.measures) - 1 and j + columns >= count:  # the lowest of its column
                 axes.set_xlabel("sparsity (%)", fontsize=SIZE, color=INK)
     canvas.suptitle(
         textwrap.fill(data.figure.title, int(width * 10)),

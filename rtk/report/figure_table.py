@@ -69,7 +69,8 @@ def table_csv(data: FigureData) -> str:
     return buffer.getvalue()
 
 
-def _estimate(estimate: Estimate, sign: str = "") -> str:
+def plus_minus(estimate: Estimate, sign: str = "") -> str:
+    """Return a fraction in percent, or a difference in points, with what stands after its ±."""
     number = f"{100 * estimate.mean:{sign}.2f}"
     return number if estimate.spread is None else f"{number} ± {100 * estimate.spread:.2f}"
 
@@ -84,7 +85,7 @@ def p_value(p: float | None) -> str:
 def _test(test: PairedTest | None) -> list[str]:
     if test is None:
         return ["", "", "", ""]
-    difference = _estimate(test.difference, "+")
+    difference = plus_minus(test.difference, "+")
     return [difference, str(test.n), p_value(test.t), p_value(test.wilcoxon)]
 
 
@@ -112,7 +113,7 @@ def point_rows(data: FigureData) -> list[list[str]]:
             percent(point.sparsity),
             point.line,
             point.pretrain,
-            _estimate(point.estimate),
+            plus_minus(point.estimate),
             str(point.estimate.n),
             *_test(point.test),
         ]

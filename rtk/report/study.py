@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +31,13 @@ Replicate = tuple[int | None, int | None]
 def metric_name(metric: str) -> str:
     """Return what a metric is called: top-1, PGD top-1, OoD AUC svhn."""
     if metric.startswith(OOD):
-        return f"OoD AUC {metric.removeprefix(OOD)}"
+        return f"OoD AUC {short_name(metric.removeprefix(OOD))}"
     return METRICS[metric]
+
+
+def short_name(value: object) -> str:
+    """Return a set's name without the path and ending of its file: npz:a/birds.npz is birds."""
+    return re.sub(r"^(?:npz|folder):(?:.*/)?", "", str(value)).removesuffix(".npz")
 
 
 @dataclass(frozen=True)

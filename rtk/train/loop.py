@@ -40,6 +40,9 @@ from rtk.train.optim import learning_rate, make_optimizer, match_layouts, set_le
 from rtk.train.step import Loss, Step, make_step
 
 _CHECK_EVERY = 50  # steps between two looks at the loss on a GPU: each look synchronises
+# Seconds of work that are not worth a checkpoint at the end of an epoch: writing one takes up to a
+# second, which is what an epoch on a small set takes.
+_SHORT = 10.0
 
 
 class BatchSource(Protocol):
@@ -208,10 +211,13 @@ def train(
             # The record first: if the process dies in between, resuming drops it again.
             if distributed.is_main():
                 log.append(**record)
-            save(epoch=epoch + 1, step=0, loss_sum=0.0, finished=last)
-            saved = time.monotonic()
+            due = time.monotonic() - saved > min(_SHORT, config.checkpoint_seconds)
+            due, stop = map(bool, distributed.largest(due, stop_requested()))
+            if due or stop or last:
+                save(epoch=epoch + 1, step=0, loss_sum=0.0, finished=last)
+                saved = time.monotonic()
             _plain_line(label, config.epochs, record)
-            if any(distributed.largest(stop_requested())):
+            if stop:
                 raise Interrupted(_stopped(epoch + 1, 0, path))
         if config.epochs == 0:
             save(epoch=0, step=0, loss_sum=0.0, finished=True)

@@ -22,6 +22,7 @@ from rtk.cuda_graph import (
     renew_accumulators,
 )
 from rtk.errors import RtkError
+from rtk.ops import engine
 from rtk.train.optim import DeviceRates, match_layouts, optimizer_state, why_not_captured
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -101,6 +102,8 @@ class TrainStep(Graphed):
     ) -> None:
         if amp is not None and not amp.is_floating_point:
             raise RtkError(f"make_step: amp must be a floating dtype or None, got {amp}")
+        if graph == "auto" and not engine.is_on():
+            graph = False
         device = optimizer.param_groups[0]["params"][0].device
         why_not = _why_not(model, optimizer) if device.type == "cuda" else None
         if graph is True and device.type != "cuda":

@@ -85,13 +85,21 @@ def stamp(path):
         return None
 
 
-def wait_for_changes(path, changes):
+def ended(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def wait_for_changes(path, changes, child):
+    """Return whether they came before the process was over, with or without an error."""
     seen = stamp(path)
     while changes:
+        if ended(child):
+            return False
         time.sleep(0.0005)
         if stamp(path) != seen:
             seen = stamp(path)
             changes -= 1
+    return True
 
 
 def run(job):
@@ -123,8 +131,9 @@ def main():
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
-        if "watch" in job:
-            wait_for_changes(Path(job["folder"], job["watch"]), job["changes"])
+        if "watch" in job and wait_for_changes(
+            Path(job["folder"], job["watch"]), job["changes"], child
+        ):
             if job.get("ctrl_c"):
                 os.killpg(child, signal.SIGINT)
             else:

@@ -17,7 +17,7 @@ from rtk.config import (
 )
 from rtk.errors import Interrupted, RtkError
 from rtk.recipes import Recipe
-from rtk.recipes.processes import _attempt, _schedule
+from rtk.recipes.processes import _attempt, _schedule, gpus_for
 
 CHAIN = (
     PretrainConfig(out="net"),
@@ -136,6 +136,26 @@ def test_an_error_in_the_code_comes_with_its_traceback():
 def test_a_worker_that_is_killed_is_an_error():
     with pytest.raises(RtkError, match=r"ran net was killed \(out of memory\?\); the same command"):
         Workers(2, "dies").run()
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "named", "expected"),
+    [
+        (0, None, "auto", [None] * 3),
+        (1, None, "auto", [None] * 3),
+        (2, None, "auto", ["0", "1", "0"]),
+        (4, None, "cuda", ["0", "1", "2"]),
+        (2, "3, 5", "auto", ["3", "5", "3"]),
+        (2, None, "cuda:1", [None] * 3),
+        (2, None, "cpu", [None] * 3),
+    ],
+)
+def test_workers_take_the_gpus_in_turns(monkeypatch, count, visible, named, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpus_for(3, [PretrainConfig(out="net", device=named)]) == expected
 
 
 def test_less_than_one_job_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sklearn.datasets
 
-from rtk import cli, recipes
+from rtk import cli, recipes, report, runs
 from rtk.config import (
     AdviseConfig,
     AttackConfig,
@@ -29,6 +29,7 @@ from rtk.config import (
     segment_train,
 )
 from rtk.errors import RtkError
+from rtk.identity import config_hash
 from rtk.recipes import FIGURES, SCALES, reproduce
 from rtk.recipes.done import is_done, pending
 
@@ -222,6 +223,41 @@ def test_the_reduced_scale():
     assert len({seed for _, seed in scale.replicates}) == 3
     assert len({first for first, _ in scale.replicates}) == 2
     assert (scale.natural.epochs, scale.robust.epochs) == (24, 18)
+    assert all(len({s.sparsity for s in of(built(n, "small"), DrawConfig)}) >= 4 for n in NAMES[:2])
+
+
+def test_at_the_reduced_scale_the_large_network_takes_a_smaller_part():
+    def transfers(name):
+        recipe = built(name, "small")
+        arch = {stage.out: stage.model.arch for stage in of(recipe, PretrainConfig)}
+        sparsity = {s.out: s.sparsity for s in of(recipe, DrawConfig)} | {None: 0.0}
+        found = {}
+        for s in of(recipe, TransferConfig):
+            ticket = s.ticket and s.ticket.split("/rounds/")[0]
+            found.setdefault(arch[s.checkpoint], set()).add((s.data.name, sparsity[ticket]))
+        return found
+
+    for name in ("fig1", "fig2"):
+        found = transfers(name)
+        assert found["resnet50"] < found["resnet18"]
+        assert len({target for target, _ in found["resnet50"]}) == 2
+    assert set(transfers("fig3")) == {"resnet50"}
+    assert all(set(transfers(name)) == {"resnet18"} for name in NAMES[3:9])
+
+
+def test_small_sets_are_trained_on_for_longer():
+    epochs = {s.data.name: s.train.epochs for s in of(built("fig9", "small"), TransferConfig)}
+    assert epochs["npz:gtsrb.npz"] > epochs["npz:cifar100.npz"] > epochs["npz:cifar10.npz"]
+    masks = {s.data.name: s.train.epochs for s in of(built("fig5", "small"), DrawConfig)}
+    assert masks == {name: epochs[name] for name in masks} and len(masks) == 2
+    rounds = [s for s in of(built("fig4", "small"), DrawConfig) if s.task == "downstream"]
+    assert {s.data.name: s.train.epochs for s in rounds} == masks
+
+
+def test_other_targets_are_those_of_all_networks():
+    recipe = reproduce("fig1", "small", targets=["npz:b.npz"])
+    assert {s.data.name for s in of(recipe, TransferConfig)} == {"npz:b.npz"}
+    assert len(of(recipe, PretrainConfig)) == len(of(built("fig1", "small"), PretrainConfig))
 
 
 def test_sets_and_weights_can_be_named():
@@ -285,7 +321,7 @@ def test_a_recipe_ends_in_its_figure_and_table(finished, name):
     folder = finished / name
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     table, runs = rows(folder / "table.csv"), rows(folder / "results.csv")
-    figure = reproduce(name, SHRUNK, finished).finish.keywords["figure"]
+    figure = reproduce(name, SHRUNK, finished).finish.figure
     assert {row["line"] for row in table} == {line.label for line in figure.lines}
     for row in table:
         against = next(line.against for line in figure.lines if line.label == row["line"])
@@ -350,6 +386,11 @@ def files(folder):
     }
 
 
+def test_no_lock_is_kept_of_a_stage_that_is_done(finished):
+    """Each is an open file, of which a process may have a thousand or so."""
+    assert not [folder for folder in runs._locks if folder.is_relative_to(finished.resolve())]
+
+
 def test_a_second_call_does_nothing(finished, capsys):
     before = files(finished)
     for name in NAMES:
@@ -382,6 +423,90 @@ def test_what_is_missing_or_made_of_something_else_runs_again(finished):
     assert pending(stages) == []
 
 
+@pytest.fixture(scope="module")
+def kept(finished, tmp_path_factory):
+    """All eleven as CSVs, and what is made of these alone."""
+    folder, out = (tmp_path_factory.mktemp(name) for name in ("kept", "rebuilt"))
+    for name in NAMES:
+        path = recipes.keep(reproduce(name, SHRUNK, finished), folder)
+        assert path == folder / f"{name}.csv"
+    report.rebuild(folder, out)
+    return folder, out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_the_kept_numbers_the_same_table_is_made_again(finished, kept, name):
+    folder, out = kept
+    rebuilt, first = (
+        path.read_text() for path in (out / f"{name}-table.csv", finished / name / "table.csv")
+    )
+    assert rebuilt == first
+    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "README.md").read_text()
+    assert f"\n## {name}\n" in page and f"]({name}.png)" in page
+    assert str(finished) not in page + (folder / f"{name}.csv").read_text()
+
+
+def test_what_is_kept_says_of_every_stage_what_it_was_and_took(finished, kept):
+    folder, _ = kept
+    for name in NAMES:
+        recipe = reproduce(name, SHRUNK, finished)
+        stages = {Path(s.out).relative_to(finished).as_posix(): s for s in recipe.stages}
+        found = {}
+        for row in rows(folder / f"{name}.csv"):
+            if row["stage"] != "figure":
+                found.setdefault(row["run"], row)
+                assert row["config_hash"] == config_hash(stages[row["run"]])
+        assert list(found) == list(stages)
+        for run, row in found.items():
+            stage = stages[run]
+            assert row["stage"] == run.split("/")[0]
+            assert float(row["device_seconds"]) == float(row["seconds"]) > 0
+            if isinstance(stage, PretrainConfig):
+                assert row["pretraining"] == stage.attack.label and row["network"] == "resnet18"
+                sigma = stage.attack.sigma if stage.attack.name == "smoothing" else stage.attack.eps
+                assert float(row["eps"]) == (sigma if stage.attack.name != "none" else 0.0)
+                assert row["metric"] == "top1" and 0 < float(row["value"]) <= 1
+            if isinstance(stage, TransferConfig):
+                measured = found[
+                    the(r for r in found if stages[r].out == evaluation_of(stage, recipe))
+                ]
+                same = ("pretraining", "sparsity", "target", "transfer", "pretrain_seed", "seed")
+                assert [row[key] for key in same] == [measured[key] for key in same]
+
+
+def evaluation_of(stage, recipe):
+    return the(s.out for s in of(recipe, EvaluateConfig) if s.checkpoint == stage.out)
+
+
+def test_a_figure_that_is_not_done_or_ran_otherwise_is_not_kept(finished, tmp_path):
+    with pytest.raises(RtkError, match="36 of 36 stages of fig1 are not done"):
+        recipes.keep(reproduce("fig1", "smoke", tmp_path), tmp_path)
+    plain = reproduce("fig1", SHRUNK, finished, engine="off")
+    with pytest.raises(RtkError, match="ran with the engine on, first pretrain/"):
+        recipes.keep(plain, tmp_path)
+    with pytest.raises(RtkError, match=r"demo.* is no figure"):
+        recipes.keep(recipes.demo(str(finished)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_engine_off_has_a_folder_of_its_own_and_the_same_numbers(finished, kept, tmp_path):
+    assert reproduce("fig1", "smoke").folder == Path("runs/reproduce-smoke")
+    plain = reproduce("fig1", "smoke", engine="off")
+    assert plain.folder == Path("runs/reproduce-smoke-engine-off") and not plain.engine
+    with pytest.raises(RtkError, match=r"unknown engine 'of'.*did you mean 'off'"):
+        reproduce("fig1", "smoke", engine="of")
+    recipe = reproduce("fig1", SHRUNK, tmp_path / "off", engine="off")
+    recipes.run(recipe)
+    path = recipes.keep(recipe, tmp_path)
+    assert path.name == "fig1-engine-off.csv"
+    theirs = {(r["run"], r["metric"]): r for r in rows(kept[0] / "fig1.csv")}
+    for row in rows(path):
+        if row["stage"] == "evaluate":
+            other = float(theirs[row["run"], row["metric"]]["value"])
+            assert float(row["value"]) == pytest.approx(other, abs=0.03)
+
+
 def test_a_killed_one_goes_on(finished, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), str(tmp_path), "fig5"],
@@ -401,12 +526,16 @@ def test_a_killed_one_goes_on(finished, tmp_path):
     assert ours == theirs
 
 
-def test_the_command_line(finished, capsys, monkeypatch):
+def test_the_command_line(finished, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(SCALES._entries, "smoke", SHRUNK)
     common = ["--scale", "smoke", "--out", str(finished), "--jobs", "1"]
     assert cli.main(["reproduce", "fig1", "tab2", *common]) == 0
     out = capsys.readouterr().out
     assert f"fig1: {finished}/fig1/report.html" in out and "robust is ahead of natural" in out
+    keeping = ["--keep", str(tmp_path)]
+    assert cli.main(["reproduce", "fig1", *common, *keeping]) == 0
+    out = capsys.readouterr().out
+    assert f"kept: {tmp_path}/fig1.csv" in out and f"report: {tmp_path}/README.md" in out
     assert cli.main(["reproduce", "--list", *common]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed[1:]] == FIGURES.names()

@@ -11,6 +11,7 @@ from rtk.data import Batches
 from rtk.draw import omp
 from rtk.errors import Interrupted, RtkError
 from rtk.train import CHECKPOINT, Checkpoint, accuracy, learning_rate, make_step, train
+from rtk.train.checkpoint import save_checkpoint
 
 META = {"config_hash": "0123456789ab"}
 
@@ -143,8 +144,9 @@ def test_frozen_parameters_stay(tmp_path, make_model, batches, config):
 
 @pytest.mark.parametrize("at", [1, 3, 5], ids=["first_step", "mid_epoch_1", "mid_epoch_2"])
 def test_a_nan_loss_stops_and_leaves_the_last_good_checkpoint(
-    tmp_path, make_model, batches, config, at
+    tmp_path, make_model, batches, config, at, monkeypatch
 ):
+    monkeypatch.setattr("rtk.train.loop._SHORT", 0.0)  # a checkpoint after every epoch
     calls = iter(range(1, 100))
 
     def attack(model, x, y):
@@ -229,6 +231,22 @@ def test_asked_twice_it_stops_at_once(tmp_path, make_model, batches, config):
         train(make_model(), batches, config, folder=tmp_path, meta=META, attack=attack)
     assert attack.calls == 2
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(("seconds", "written"), [(0.0, 3), (3600.0, 1)], ids=["long", "short"])
+def test_a_checkpoint_follows_long_epochs_and_the_last(
+    tmp_path, make_model, batches, config, seconds, written, monkeypatch
+):
+    """Writing one takes as long as an epoch on a small set; the numbers are the same."""
+    monkeypatch.setattr("rtk.train.loop._SHORT", seconds)
+    saved = []
+    monkeypatch.setattr(
+        "rtk.train.loop.save_checkpoint",
+        lambda *arguments: saved.append(arguments[-1]["progress"]) or save_checkpoint(*arguments),
+    )
+    train(make_model(), batches, dataclasses.replace(config, epochs=3), folder=tmp_path, meta=META)
+    assert len(saved) == written and saved[-1]["finished"]
+    assert [record["epoch"] for record in records(tmp_path)] == [1, 2, 3]
 
 
 def test_checkpoints_are_written_inside_an_epoch(tmp_path, make_model, batches, config):

@@ -19,6 +19,7 @@ from rtk.attacks.fused.wrappers import unwrap
 from rtk.nn._fused.layers import NotApplicable
 from rtk.nn._fused.reader import recognise
 from rtk.nn._trace import has_hooks
+from rtk.ops import engine
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -95,7 +96,7 @@ class Route:
         The first call folds the weights; the first one of a model also compares with autograd,
         which synchronises.
         """
-        if not (_enabled and self._eval and serves(x)):
+        if not (_enabled and engine.is_on() and self._eval and serves(x)):
             return None
         if not self._started:
             self._started = True

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from rtk.config import DataConfig
+from rtk.data.keep import kept
 from rtk.data.segmentation.dataset import (
     SEGMENTATION_SETS,
     SegmentationDataset,
@@ -18,6 +19,7 @@ from rtk.data.segmentation.dataset import (
 from rtk.errors import RtkError, check_choice
 
 
+@kept
 def load(config: DataConfig) -> SegmentationDataset:
     """Return the segmentation set that `config` names, its images resized if that is set.
 
