@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/pgd_step_meeting.h"
@@ -234,9 +235,9 @@ void launch_ring(const PgdStep& p, const Ring& ring, cudaStream_t stream) {
 }
 
 // Whether the kernels that read once exist for these types: a step in fp32 has its origin in fp32 or uint8, one
-// in bf16 has no gradient in fp32. Other combinations are read twice, which spares half of the compilation.
+// in bf16 its gradient in bf16. Other combinations are read twice, which spares half of the compilation.
 template <class A, class G, class X>
-constexpr bool kOnce = sizeof(A) == 4 ? sizeof(X) != 2 : sizeof(G) < 4;
+constexpr bool kOnce = !std::is_same_v<G, __half> && (sizeof(A) == 4 ? sizeof(X) != 2 : sizeof(G) == 2);
 
 // Pixels of 16 bytes in the widest tensor.
 template <class A, class G, class X>
