@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import rtk
+from rtk.ops import _block_paths
 from rtk.ops._registry import ops
 
 Compare = Callable[..., None]
@@ -112,6 +113,20 @@ def one_cpu_thread_unless_gpu(
     gpu = request.node.get_closest_marker("gpu")
     with nullcontext() if gpu else one_cpu_thread():
         yield
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which operators of block_matmul masked layers run, in their order."""
+    ran: list[str] = []
+    run = _block_paths._run
+
+    def note(name: str, *args: object) -> Tensor:
+        ran.append(name)
+        return run(name, *args)
+
+    monkeypatch.setattr(_block_paths, "_run", note)
+    return ran
 
 
 @pytest.fixture

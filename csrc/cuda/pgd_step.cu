@@ -98,6 +98,7 @@ __device__ void store(void* to, DType dtype, int64_t i, const Pack<float, kCount
   float pixels[kCount];
 #pragma unroll
   for (int j = 0; j < kCount; ++j) pixels[j] = pack[j];
+  // Not set() in place: nvcc 13.0 made single bytes of that memcpy into global memory, and wrong results.
   Pack<__nv_bfloat16, kCount> narrow;
   narrow.set(pixels);
   static_cast<Pack<__nv_bfloat16, kCount>*>(to)[i] = narrow;

@@ -10,7 +10,7 @@ from torch import Tensor
 from rtk.nn._layer_times import Times
 from rtk.nn._path_times import Run, count_copies, is_hopeless, ms
 from rtk.nn.masked_linear import MaskedLinear
-from rtk.ops import _masked_linear_eager as ops
+from rtk.ops import _masked_linear_eager as eager
 from rtk.ops._block_paths import blocks_of, why_not_blocks, why_not_fast
 from rtk.ops._fused_conv2d_cuda import DENSITY
 
@@ -32,7 +32,7 @@ def linear_times(
     """
     ways = _ways(layer, prepared, shape, densities)
     times: dict[str, Times] = {}
-    for path in ops.PATHS:
+    for path in eager.PATHS:
         if path != "cublas" and (
             _why_not(path, layer, prepared) is not None or is_hopeless(path, densities)
         ):
@@ -80,15 +80,15 @@ def _ways(
 
     def forward(path: str, blocks: Tensor | None, call: int) -> Tensor:
         x, _, prepared, _, _ = copies[call % len(copies)]
-        return ops.forward(path, blocks, x, prepared, bias, density_of(path))
+        return eager.forward(path, blocks, x, prepared, bias, density_of(path))
 
     def bwd_input(path: str, blocks: Tensor | None, call: int) -> Tensor:
         _, grad, prepared, _, _ = copies[call % len(copies)]
-        return ops.bwd_input(path, blocks, grad, prepared, density_of(path))
+        return eager.bwd_input(path, blocks, grad, prepared, density_of(path))
 
     def bwd_weight(path: str, blocks: Tensor | None, call: int) -> Tensor:
         x, grad, _, weight, mask = copies[call % len(copies)]
-        return ops.bwd_weight(path, blocks, grad, x, weight, mask, density_of(path))
+        return eager.bwd_weight(path, blocks, grad, x, weight, mask, density_of(path))
 
     masks = [mask for *_, mask in copies]
     return [(run, masks) for run in (forward, bwd_input, bwd_weight)]

@@ -11,23 +11,9 @@ from torch import Tensor, nn
 
 import rtk
 from rtk.nn import MaskedLinear, _prepare, mask_model
-from rtk.ops import _block_paths, live_blocks
+from rtk.ops import live_blocks
 
 PATHS = ("blocks32", "blocks64", "blocks32")
-
-
-@pytest.fixture
-def products(monkeypatch) -> list[str]:
-    """Note which operators of block_matmul ran."""
-    ran: list[str] = []
-    run = _block_paths._run
-
-    def note(name: str, *args: object) -> Tensor:
-        ran.append(name)
-        return run(name, *args)
-
-    monkeypatch.setattr(_block_paths, "_run", note)
-    return ran
 
 
 ALL = ["block_matmul", "block_matmul_bwd_input", "block_matmul_bwd_weight"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtk.errors import RtkError
-from rtk.ops import _block_paths, _conv_paths, _masked_linear_eager, live_blocks, prepare_weight
+from rtk.ops import _conv_paths, _masked_linear_eager, live_blocks, prepare_weight
 from rtk.ops._block_paths import BLOCK_PATHS
 from rtk.ops._conv_paths import CUDNN, NO_LISTS
 from rtk.ops._masked_linear_eager import CUBLAS
@@ -33,20 +33,6 @@ MASKS = {
 }
 each_mask = pytest.mark.parametrize("name", MASKS)
 each_path = pytest.mark.parametrize("path", BLOCK_PATHS)
-
-
-@pytest.fixture
-def products(monkeypatch) -> list[str]:
-    """Note which operators of block_matmul ran."""
-    ran: list[str] = []
-    run = _block_paths._run
-
-    def note(name: str, *args: object) -> Tensor:
-        ran.append(name)
-        return run(name, *args)
-
-    monkeypatch.setattr(_block_paths, "_run", note)
-    return ran
 
 
 ALL = ["block_matmul", "block_matmul_bwd_input", "block_matmul_bwd_weight"]
